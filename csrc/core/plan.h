@@ -1,0 +1,45 @@
+// Problem -> plan: which kernel serves a quantised linear layer at this size. A pure function: tested without a GPU,
+// printed by `fastpeft plan`, obeyed by the launchers, recorded by the benchmarks.
+#pragma once
+#include <string>
+
+#include "formats.h"
+#include "types.h"
+
+namespace fastpeft {
+
+enum class Direction : int32_t { kFwd = 0, kDgrad = 1 };
+
+struct Problem {
+  Format format = Format::kNf4;
+  Direction direction = Direction::kFwd;
+  DType dtype = DType::kBFloat16;
+  int64_t M = 1, N = 4096, K = 4096, R = 0, blocksize = 64;
+  int arch = 0;      // compute capability * 10 (90, 80, ...); 0 = CPU
+  int sm_count = 0;  // multiprocessors, or threads on the CPU
+};
+
+enum class KernelId : int32_t {
+  kFused = 0,           // one launch, decode inside, no 16-bit copy of W
+  kDequantMatmul = 1,   // W dequantised once in one launch, then torch's matmul
+  kPanels = 2,          // CPU: panels of rows dequantised into cache, torch's matmul on each
+  kDense = 3,           // nothing to decode
+};
+
+constexpr const char* kernel_name(KernelId k) {
+  return k == KernelId::kFused           ? "fused"
+         : k == KernelId::kDequantMatmul ? "dequantize+matmul"
+         : k == KernelId::kPanels        ? "panels+matmul"
+                                         : "dense";
+}
+
+struct Plan {
+  KernelId kernel = KernelId::kDequantMatmul;
+  int64_t panel_rows = 0;       // kPanels: rows of W a panel
+  int64_t workspace_bytes = 0;  // temporary memory beside the output
+};
+
+Plan make_plan(const Problem& problem);
+std::string describe(const Problem& problem, const Plan& plan);  // one line for people
+
+}  // namespace fastpeft

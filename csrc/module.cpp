@@ -1,0 +1,80 @@
+// fastpeft._C: facts about the build, the formats' constants, and the printable plan of a problem. No tensor passes here.
+#include <pybind11/pybind11.h>
+#include <pybind11/stl.h>
+
+#include <map>
+#include <vector>
+
+#include "core/formats.h"
+#include "core/plan.h"
+#include "cpu/cpu.h"
+
+namespace py = pybind11;
+using namespace fastpeft;
+
+namespace {
+
+py::dict build_facts() {
+  py::dict facts;
+  facts["version"] = FASTPEFT_VERSION;
+  facts["torch_target"] = FASTPEFT_TORCH_TARGET;
+  facts["cpu_isa"] = cpu::isa_name();
+#ifdef FASTPEFT_WITH_CUDA
+  facts["cuda"] = true;
+  facts["cuda_archs"] = FASTPEFT_ARCHS;
+#else
+  facts["cuda"] = false;
+  facts["cuda_archs"] = "";
+#endif
+#ifdef FASTPEFT_HAS_SM90A
+  facts["sm90a"] = true;
+#else
+  facts["sm90a"] = false;
+#endif
+  return facts;
+}
+
+Format format_of(const std::string& name) {
+  for (Format f : {Format::kDense, Format::kNf4, Format::kFp4, Format::kInt8})
+    if (name == format_name(f)) return f;
+  throw py::value_error("format: expected dense, nf4, fp4 or int8, got " + name);
+}
+
+DType dtype_of(const std::string& name) {
+  for (DType t : {DType::kFloat32, DType::kFloat64, DType::kBFloat16, DType::kFloat16})
+    if (name == dtype_name(t)) return t;
+  throw py::value_error("dtype: expected float32, float64, bfloat16 or float16, got " + name);
+}
+
+py::dict plan(int64_t M, int64_t N, int64_t K, int64_t R, const std::string& format, int64_t blocksize,
+              const std::string& direction, const std::string& dtype, int arch, int sm_count) {
+  if (M < 0 || N < 1 || K < 1 || R < 0) throw py::value_error("M, N, K, R: expected M >= 0, N >= 1, K >= 1, R >= 0");
+  if (direction != "fwd" && direction != "dgrad")
+    throw py::value_error("direction: expected fwd or dgrad, got " + direction);
+  Problem p;
+  p.format = format_of(format);
+  p.direction = direction == "fwd" ? Direction::kFwd : Direction::kDgrad;
+  p.dtype = dtype_of(dtype);
+  p.M = M, p.N = N, p.K = K, p.R = R, p.blocksize = blocksize, p.arch = arch, p.sm_count = sm_count;
+  const Plan chosen = make_plan(p);
+  py::dict result;
+  result["kernel"] = kernel_name(chosen.kernel);
+  result["panel_rows"] = chosen.panel_rows;
+  result["workspace_bytes"] = chosen.workspace_bytes;
+  result["text"] = describe(p, chosen);
+  return result;
+}
+
+}  // namespace
+
+PYBIND11_MODULE(_C, m) {
+  m.doc() = "Build facts, format constants and kernel plans of fastpeft. Works without torch.";
+  m.def("build_facts", &build_facts, "dict: version, torch_target, cuda, cuda_archs, sm90a, cpu_isa.");
+  m.def("plan", &plan, py::arg("M"), py::arg("N"), py::arg("K"), py::arg("R") = 0, py::arg("format") = "nf4",
+        py::arg("blocksize") = 64, py::arg("direction") = "fwd", py::arg("dtype") = "bfloat16", py::arg("arch") = 0,
+        py::arg("sm_count") = 0,
+        "The kernel that serves this problem: dict of kernel, panel_rows, workspace_bytes, text. arch is the compute "
+        "capability times 10, 0 for the CPU.");
+  m.attr("NF4_CODE") = std::vector<float>(kNf4Code, kNf4Code + 16);
+  m.attr("TILE") = std::map<std::string, int>{{"n", kTileN}, {"k", kTileK}, {"strip_bytes", kStripBytes}};
+}
