@@ -1,4 +1,4 @@
-"""Builds libfastpeft_ops.so and _C with CMake. Everything about sources and flags stands in CMakeLists.txt."""
+"""Builds libfastpeft_ops.so and _C with CMake; CMakeLists.txt has the sources and flags."""
 
 import os
 import shutil
@@ -28,7 +28,7 @@ def nvcc_major() -> str | None:
 
 
 def torch_cuda_major(torch_dir: Path) -> str | None:
-    """Major CUDA version that torch was built with, read from its version file; None for a CPU build."""
+    """Major CUDA version of torch, read from its version file; None for a CPU build."""
     for line in (torch_dir / "version.py").read_text().splitlines():
         if line.startswith("cuda") and "'" in line:
             return line.split("'")[1].split(".")[0]
@@ -36,7 +36,7 @@ def torch_cuda_major(torch_dir: Path) -> str | None:
 
 
 class CMakeBuild(build_ext):
-    """configure, build, install into the package folder (built in a folder that survives, so a rebuild is quick)."""
+    """configure, build, install into the package folder; the build folder stays for the next."""
 
     def run(self):
         torch_dir = find_torch()
@@ -48,8 +48,8 @@ class CMakeBuild(build_ext):
         nvcc, torch_cuda = nvcc_major(), torch_cuda_major(torch_dir)
         if mode != "OFF" and nvcc and torch_cuda and nvcc != torch_cuda:
             print(
-                f"fastpeft: nvcc is CUDA {nvcc}, torch is built for CUDA {torch_cuda}: the kernels carry their own "
-                "runtime and will need a driver for the newer of the two"
+                f"fastpeft: nvcc is CUDA {nvcc}, torch is built for CUDA {torch_cuda}: "
+                "the driver must serve the newer of the two"
             )
         build_dir = ROOT / "build" / f"cmake-{sys.implementation.cache_tag}-{mode.lower()}"
         stage = build_dir / "stage"

@@ -1,13 +1,12 @@
 """Build backend: setuptools', plus torch as a build requirement only where no torch is installed.
 
-A plain `torch` in [build-system] requires would fetch several GB into every isolated build, even beside an installed
-torch whose headers serve as well.
+A plain `torch` in [build-system] requires would fetch several GB into every isolated build, even
+beside an installed torch whose headers serve as well.
 """
 
+from fastpeft_torch import find_torch
 from setuptools import build_meta as _base
 from setuptools.build_meta import *  # noqa: F403  (the hooks that need no change)
-
-from fastpeft_torch import find_torch
 
 
 def _torch_requirement() -> list[str]:

@@ -1,4 +1,4 @@
-"""Finds torch's package folder without importing torch (an import takes seconds and may need a GPU driver)."""
+"""Finds torch's package folder without importing torch (an import takes seconds)."""
 
 import importlib.util
 import os
@@ -11,8 +11,8 @@ _HEADER = "include/torch/csrc/stable/library.h"
 def find_torch() -> Path | None:
     """The folder of an installed torch that has the stable ABI headers, or None.
 
-    Order: FASTPEFT_TORCH_DIR; this interpreter's own torch; the outer environment's site-packages, which sysconfig still
-    names under pip's build isolation.
+    Order: FASTPEFT_TORCH_DIR; this interpreter's own torch; the outer environment's site-packages,
+    which sysconfig still names under pip's build isolation.
     """
     override = os.environ.get("FASTPEFT_TORCH_DIR")
     if override:
