@@ -1,0 +1,8 @@
+"""The only place that says `torch.ops.fastpeft`: typed wrappers, fakes and autograd, one module a stem.
+
+Importing it loads the native library (LibraryError if that fails). No nn.Module here; formats are plain integers.
+"""
+
+from . import bottleneck, lora, qlinear, quant
+
+__all__ = ["bottleneck", "lora", "qlinear", "quant"]
