@@ -1,0 +1,58 @@
+"""Fixtures: the device (CPU always, CUDA where there is one), seeds, threads."""
+
+from __future__ import annotations
+
+import os
+
+import pytest
+import torch
+
+THREADS = int(os.environ.get("FASTPEFT_TEST_THREADS", "2"))
+
+
+def cuda_reason() -> str | None:
+    """Why CUDA tests cannot run here, or None."""
+    if torch.version.cuda is None:
+        return f"torch {torch.__version__} is built without CUDA"
+    if not torch.cuda.is_available():
+        return f"torch {torch.__version__} sees no CUDA device"
+    from fastpeft._library import load
+    from fastpeft.errors import LibraryError
+
+    try:
+        load()
+    except LibraryError as error:
+        return str(error)
+    if not torch._C._dispatch_has_kernel_for_dispatch_key("fastpeft::dequantize", "CUDA"):
+        return "libfastpeft_ops.so is built without CUDA kernels"
+    return None
+
+
+def pytest_configure(config):
+    torch.set_num_threads(THREADS)
+
+
+def pytest_report_header(config):
+    threads = torch.get_num_threads()
+    return f"torch {torch.__version__}, {threads} threads, CUDA: {cuda_reason() or 'yes'}"
+
+
+@pytest.fixture(params=["cpu", "cuda"])
+def device(request) -> str:
+    """ "cpu", then "cuda"; the latter is skipped, with the reason, where it cannot run."""
+    if request.param == "cuda" and (reason := cuda_reason()):
+        pytest.skip(f"CUDA: {reason}")
+    return request.param
+
+
+@pytest.fixture
+def cuda() -> str:
+    """For tests that make sense on a GPU alone."""
+    if reason := cuda_reason():
+        pytest.skip(f"CUDA: {reason}")
+    return "cuda"
+
+
+@pytest.fixture(autouse=True)
+def _seed():
+    torch.manual_seed(0)

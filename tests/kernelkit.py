@@ -1,0 +1,88 @@
+"""Runs a Case through fastpeft and through the formulas, and holds the results against each other.
+
+`python tests/kernelkit.py` checks a slice of the covering cases on the CPU and prints the
+instruction set that ran: test_qlinear starts it once for every level.
+"""
+
+from __future__ import annotations
+
+import sys
+
+import compare
+import reference
+import torch
+from cases import COVERING, Case, Inputs
+from fastpeft.ops.lora import LowRank
+from fastpeft.ops.qlinear import Weight, qlinear
+
+
+def weight_of(inputs: Inputs) -> Weight:
+    """The packed weight as the ops take it."""
+    w = inputs.weight
+    return Weight(w.codes, w.scales, w.nested, w.format_id, w.blocksize, w.N, w.K, w.threshold)
+
+
+def run(inputs: Inputs, lora_dtype=torch.float32) -> dict[str, torch.Tensor]:
+    """Forward and backward through fastpeft: y [M, N], dx [M, K] and, where they exist, dbias, dA,
+    dB.
+    """
+    x = inputs.x.detach().requires_grad_(True)
+    leaves = {"x": x}
+    if inputs.bias is not None:
+        leaves["bias"] = inputs.bias.detach().clone().requires_grad_(True)
+    lora = None
+    if inputs.A is not None:
+        leaves["A"] = inputs.A.to(lora_dtype).requires_grad_(True)
+        leaves["B"] = inputs.B.to(lora_dtype).requires_grad_(True)
+        lora = LowRank(leaves["A"], leaves["B"], inputs.scaling, inputs.p, inputs.seed)
+    y = qlinear(x, weight_of(inputs), leaves.get("bias"), lora)
+    assert y.shape == inputs.dy.shape and y.dtype == x.dtype
+    grads = torch.autograd.grad(y, list(leaves.values()), inputs.dy)
+    results = {"y": y.detach().reshape(-1, y.shape[-1])}
+    for (name, leaf), grad in zip(leaves.items(), grads, strict=True):
+        assert grad.shape == leaf.shape and grad.dtype == leaf.dtype, name
+        results["d" + name] = grad.reshape(-1, grad.shape[-1]) if name == "x" else grad
+    return results
+
+
+def formulas(inputs: Inputs, dtype: torch.dtype) -> dict[str, torch.Tensor]:
+    """The same results by reference.py, computed in `dtype`."""
+    w, low = inputs.weight, (inputs.A, inputs.B, inputs.scaling, inputs.keep, inputs.p)
+    if w.threshold >= 0:
+        y, _ = reference.llm_int8(
+            dtype, inputs.x2d, w.codes, w.scales, w.threshold, inputs.bias, *low
+        )
+    else:
+        y, _ = reference.qlinear(dtype, inputs.x2d, w.exact, inputs.bias, *low)
+    grads = reference.qlinear_grads(dtype, inputs.dy2d, inputs.x2d, w.exact, *low)
+    grads.pop("ds", None)
+    if inputs.bias is not None:
+        grads["dbias"] = inputs.dy2d.to(dtype).sum(0)
+    return {"y": y, **grads}
+
+
+def check(case: Case, device="cpu", lora_dtype=torch.float32) -> None:
+    """Raises AssertionError with the worst element when a result breaks the error rule."""
+    inputs = case.build(device)
+    got = run(inputs, lora_dtype)
+    exact, plain = formulas(inputs, torch.float64), formulas(inputs, case.torch_dtype)
+    assert set(got) == set(exact), f"{sorted(got)} against {sorted(exact)}"
+    for name, value in got.items():
+        compare.assert_close(
+            value, exact[name], plain[name], dtype=case.torch_dtype, name=f"{case} {name}"
+        )
+
+
+def main() -> int:
+    """Every fifth case: all kinds, dtypes and token counts are among them."""
+    from fastpeft import _C
+
+    chosen = COVERING[::5]
+    for case in chosen:
+        check(case)
+    print(f"{_C.build_facts()['cpu_isa']} {len(chosen)} cases")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
