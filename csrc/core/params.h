@@ -56,10 +56,11 @@ struct DequantizeParams {
   Stream stream = nullptr;
 };
 
-// y = x W^T + bias + scaling * s B^T, one fused launch (small M).
+// y = x W^T + bias + scaling * s B^T, one fused launch.
 struct QLinearFwdParams {
   WeightView w;
   int64_t M = 0, R = 0;
+  int64_t tile_tokens = 0;  // Plan::tile_tokens: > 0 the tensor-core kernel, 0 the one for small M
   DType dtype = DType::kFloat32;
   const void* x = nullptr;       // [M, K]
   const void* bias = nullptr;    // [N] or null
@@ -70,10 +71,11 @@ struct QLinearFwdParams {
   Stream stream = nullptr;
 };
 
-// dx = dy W + ds A, one fused launch (small M, no dropout in the LoRA branch).
+// dx = dy W + ds A, one fused launch (no dropout in the LoRA branch).
 struct QLinearDgradParams {
   WeightView w;
   int64_t M = 0, R = 0;
+  int64_t tile_tokens = 0;  // Plan::tile_tokens: > 0 the tensor-core kernel, 0 the one for small M
   DType dtype = DType::kFloat32;
   const void* dy = nullptr;      // [M, N]
   const void* ds = nullptr;      // [M, R] = scaling * dy B, or null

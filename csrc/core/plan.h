@@ -24,17 +24,21 @@ enum class KernelId : int32_t {
   kDequantMatmul = 1,   // W dequantised once in one launch, then torch's matmul
   kPanels = 2,          // CPU: panels of rows dequantised into cache, torch's matmul on each
   kDense = 3,           // nothing to decode
+  kWgmma = 4,           // sm_90a tensor cores, decode in registers, no 16-bit copy of W at any M
 };
 
 constexpr const char* kernel_name(KernelId k) {
   return k == KernelId::kFused           ? "fused"
          : k == KernelId::kDequantMatmul ? "dequantize+matmul"
          : k == KernelId::kPanels        ? "panels+matmul"
+         : k == KernelId::kWgmma         ? "wgmma"
                                          : "dense";
 }
 
 struct Plan {
   KernelId kernel = KernelId::kDequantMatmul;
+  bool fuses_lora = false;      // the low-rank product rides on the same sums
+  int64_t tile_tokens = 0;      // kWgmma: width of a tile over M
   int64_t panel_rows = 0;       // kPanels: rows of W a panel
   int64_t workspace_bytes = 0;  // temporary memory beside the output
 };
