@@ -1,7 +1,8 @@
 """fastpeft: fine-tune large models on top of frozen, quantised weights.
 
-Names are imported on first use: `import fastpeft` starts no GPU and imports neither torch nor transformers, so that
-`fastpeft doctor` can tell what is wrong even when the native library does not load.
+Names are imported on first use: `import fastpeft` starts no GPU and imports neither torch nor
+transformers, so that `fastpeft doctor` can tell what is wrong even when the native library does not
+load.
 """
 
 from __future__ import annotations
@@ -54,8 +55,9 @@ __all__ = ["__version__", *_EXPORTS, *_MODULES]
 
 
 class _Package(ModuleType):
-    """`fastpeft.attach` and `fastpeft.merge` are functions that live in modules of the same name. The import system would
-    put the module over the function as soon as anything imports it, so that one assignment is redirected here."""
+    """`fastpeft.attach` and `fastpeft.merge` are functions that live in modules of the same name.
+    The import system would put the module over the function as soon as anything imports it, so that
+    one assignment is redirected here."""
 
     def __setattr__(self, name: str, value: Any) -> None:
         if isinstance(value, ModuleType) and name in _EXPORTS:

@@ -28,7 +28,8 @@ def load() -> Path:
         The path of the loaded file.
 
     Raises:
-        LibraryError: the file is missing or torch refuses it; the message holds the command that mends it.
+        LibraryError: the file is missing or torch refuses it; the message holds the command that
+            mends it.
     """
     global _loaded
     with _lock:
@@ -57,8 +58,9 @@ def facts() -> dict[str, Any]:
     """What is built and whether it loads; never raises, for `fastpeft doctor`.
 
     Returns:
-        library (path), exists, loads, error (None or text), mend (the command), bytes, and build: the facts that the
-        module `_C` tells (None where `_C` is missing; the operators work without it).
+        library (path), exists, loads, error (None or text), mend (the command), bytes, and build:
+        the facts that the module `_C` tells (None where `_C` is missing; the operators work without
+        it).
     """
     path = library_path()
     result: dict[str, Any] = {

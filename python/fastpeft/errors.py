@@ -1,7 +1,7 @@
 """Every error fastpeft raises on purpose.
 
-Each class is also the standard exception a caller would expect, so `except ValueError` keeps working. Messages name the
-thing, what was given, what was expected, and what to do.
+Each class is also the standard exception a caller would expect, so `except ValueError` keeps
+working. Messages name the thing, what was given, what was expected, and what to do.
 """
 
 from __future__ import annotations
@@ -16,15 +16,21 @@ class ConfigError(FastPeftError, ValueError):
 
 
 class FormatError(FastPeftError, ValueError):
-    """Quantised data is not what its description says (wrong codebook, wrong number of scales, NaN, ...)."""
+    """Quantised data is not what its description says (wrong codebook, wrong number of scales, NaN,
+    ...).
+    """
 
 
 class AdapterError(FastPeftError, ValueError):
-    """An adapter does not fit: name taken, unknown name, shapes or keys that do not match the model."""
+    """An adapter does not fit: name taken, unknown name, shapes or keys that do not match the
+    model.
+    """
 
 
 class StateError(FastPeftError, RuntimeError):
-    """The call is fine but not now (merging twice, training a merged layer, quantising what is quantised)."""
+    """The call is fine but not now (merging twice, training a merged layer, quantising what is
+    quantised).
+    """
 
 
 class LibraryError(FastPeftError, ImportError):

@@ -1,6 +1,8 @@
-"""The only place that says `torch.ops.fastpeft`: typed wrappers, fakes and autograd, one module a stem.
+"""The only place that says `torch.ops.fastpeft`: typed wrappers, fakes and autograd, one module a
+stem.
 
-Importing it loads the native library (LibraryError if that fails). No nn.Module here; formats are plain integers.
+Importing it loads the native library (LibraryError if that fails). No nn.Module here; formats are
+plain integers.
 """
 
 from . import bottleneck, lora, qlinear, quant

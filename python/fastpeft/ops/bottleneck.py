@@ -1,7 +1,8 @@
-"""Bottleneck adapter: y = residual + scaling * (act(x D^T + down_bias) U^T + up_bias), and its gradients.
+"""Bottleneck adapter: y = residual + scaling * (act(x D^T + down_bias) U^T + up_bias), and its
+gradients.
 
-The hidden layer [M, D] is recomputed in the backward pass, not kept. Houlsby et al. 2019; Pfeiffer et al. 2021;
-He et al. 2022 (scaling, parallel).
+The hidden layer [M, D] is recomputed in the backward pass, not kept. Houlsby et al. 2019; Pfeiffer
+et al. 2021; He et al. 2022 (scaling, parallel).
 """
 
 from __future__ import annotations
@@ -19,7 +20,8 @@ from .lora import _without_autocast, wants_grad
 load()
 _ops = torch.ops.fastpeft
 
-# fastpeft::Activation of csrc/core/params.h. gelu is the exact one (erf); swish is silu's older name.
+# fastpeft::Activation of csrc/core/params.h. gelu is the exact one (erf); swish is silu's older
+# name.
 ACTIVATIONS = {
     "relu": 0,
     "gelu": 1,
@@ -46,9 +48,7 @@ class _Bottleneck(torch.autograd.Function):
     ) -> Tensor:
         ctx.activation, ctx.scaling = activation, scaling
         ctx.save_for_backward(x, down, down_bias, up, up_bias)
-        return _ops.bottleneck_fwd(
-            x, down, down_bias, up, up_bias, activation, scaling, residual
-        )
+        return _ops.bottleneck_fwd(x, down, down_bias, up, up_bias, activation, scaling, residual)
 
     @staticmethod
     @once_differentiable
@@ -61,7 +61,7 @@ class _Bottleneck(torch.autograd.Function):
             computed = _ops.bottleneck_bwd(
                 dy, x, down, down_bias, up, up_bias, ctx.activation, ctx.scaling
             )
-            grads = tuple(g if need else None for g, need in zip(computed, needs[:5]))
+            grads = tuple(g if need else None for g, need in zip(computed, needs[:5], strict=True))
         return *grads, dy if needs[5] else None, None, None
 
 

@@ -1,4 +1,6 @@
-"""The low-rank branch: dropout, its gradients, and the branch on its own (for second and later adapters)."""
+"""The low-rank branch: dropout, its gradients, and the branch on its own (for second and later
+adapters).
+"""
 
 from __future__ import annotations
 
@@ -15,7 +17,8 @@ _ops = torch.ops.fastpeft
 
 
 class LowRank(NamedTuple):
-    """What a base layer must know to run one adapter in the same pass: y += scaling * drop(x) A^T B^T.
+    """What a base layer must know to run one adapter in the same pass: y += scaling * drop(x) A^T
+    B^T.
 
     Attributes:
         A: [R, K], float32 or x's dtype.
@@ -33,7 +36,8 @@ class LowRank(NamedTuple):
 
 
 def draw_seed(device: torch.device) -> Tensor:
-    """A seed from torch's generator of that device, so that checkpointing and CUDA graphs replay the same dropout.
+    """A seed from torch's generator of that device, so that checkpointing and CUDA graphs replay
+    the same dropout.
 
     Returns:
         int64 [1], never read by the host.
@@ -66,13 +70,16 @@ def lora_wgrad(
         scaling, dropout_p, seed: as in the forward pass.
 
     Returns:
-        dA [R, K] = ds^T drop(x), dB [N, R] = scaling * dy^T s (both in A's dtype), ds [M, R] = scaling * dy B.
+        dA [R, K] = ds^T drop(x), dB [N, R] = scaling * dy^T s (both in A's dtype), ds [M, R] =
+        scaling * dy B.
     """
     return _ops.lora_wgrad(dy, x, s, A, B, scaling, dropout_p, seed)
 
 
 def _without_autocast(backward: Any) -> Any:
-    """Gradients are computed in the dtypes of the forward pass, also where backward() is called under autocast."""
+    """Gradients are computed in the dtypes of the forward pass, also where backward() is called
+    under autocast.
+    """
 
     def run(ctx: Any, dy: Tensor) -> Any:
         if torch.is_autocast_enabled(dy.device.type):
@@ -115,7 +122,8 @@ def dropout(x: Tensor, p: float, seed: Tensor | None = None) -> Tensor:
 
 
 def low_rank(x: Tensor, lora: LowRank) -> Tensor:
-    """scaling * drop(x) A^T B^T [..., N], with gradients: the branch alone, for adapters beyond the first.
+    """scaling * drop(x) A^T B^T [..., N], with gradients: the branch alone, for adapters beyond the
+    first.
 
     Args:
         x: [..., K]; its dtype is the dtype of the computation and of the result.

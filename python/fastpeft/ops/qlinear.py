@@ -1,8 +1,11 @@
-"""y = x W^T + bias + scaling * drop(x) A^T B^T over a frozen weight in any format, and its gradients.
+"""y = x W^T + bias + scaling * drop(x) A^T B^T over a frozen weight in any format, and its
+gradients.
 
 With z = drop(x), s = z A^T and ds = scaling * dy B:
-    dx = dy W + drop'(ds A)      dA = ds^T z      dB = scaling * dy^T s      dbias = sum over rows of dy
-W is frozen: no gradient, and nothing but a reference to its packed form is kept for the backward pass.
+    dx = dy W + drop'(ds A)      dA = ds^T z      dB = scaling * dy^T s      dbias = sum over rows
+    of dy
+W is frozen: no gradient, and nothing but a reference to its packed form is kept for the backward
+pass.
 """
 
 from __future__ import annotations
@@ -30,7 +33,8 @@ class Weight(NamedTuple):
         format: id from FORMAT_IDS.
         blocksize: elements that share a scale.
         N, K: out and in features.
-        threshold: int8 only. < 0: weight only; 0: int8 activations; > 0: LLM.int8() with outlier columns.
+        threshold: int8 only. < 0: weight only; 0: int8 activations; > 0: LLM.int8() with outlier
+            columns.
     """
 
     codes: Tensor
@@ -59,7 +63,20 @@ class _QLinear(torch.autograd.Function):
     ) -> Tensor:
         format, blocksize, N, K, threshold, scaling, dropout_p = options
         y, s = _ops.qlinear_fwd(
-            x, codes, scales, nested, format, blocksize, N, threshold, bias, A, B, scaling, dropout_p, seed
+            x,
+            codes,
+            scales,
+            nested,
+            format,
+            blocksize,
+            N,
+            threshold,
+            bias,
+            A,
+            B,
+            scaling,
+            dropout_p,
+            seed,
         )
         ctx.options = options
         ctx.bias_dtype = None if bias is None else bias.dtype
@@ -93,7 +110,16 @@ class _QLinear(torch.autograd.Function):
         return dx, None, None, None, dbias, dA, dB, None, None
 
 
-def qlinear(x: Tensor, w: Weight, bias: Tensor | None = None, lora: LowRank | None = None) -> Tensor:
+def _fitting(parameter: Tensor, x: Tensor) -> Tensor:
+    """Operators take parameters in x's dtype or float32; any other is cast, with a gradient."""
+    if parameter.dtype == x.dtype or parameter.dtype == torch.float32:
+        return parameter
+    return parameter.to(x.dtype)
+
+
+def qlinear(
+    x: Tensor, w: Weight, bias: Tensor | None = None, lora: LowRank | None = None
+) -> Tensor:
     """y = x W^T + bias + scaling * drop(x) A^T B^T.
 
     Args:
@@ -106,12 +132,16 @@ def qlinear(x: Tensor, w: Weight, bias: Tensor | None = None, lora: LowRank | No
         [..., N] in x's dtype. Gradients flow to x, bias, A and B, each only if it asks for one.
 
     Raises:
-        RuntimeError: shapes, dtypes or devices that do not fit (named in the text); a second derivative.
+        RuntimeError: shapes, dtypes or devices that do not fit (named in the text); a second
+            derivative.
     """
     A = B = seed = None
     scaling, dropout_p = 1.0, 0.0
+    if bias is not None:
+        bias = _fitting(bias, x)
     if lora is not None:
         A, B, scaling, dropout_p, seed = lora
+        A, B = _fitting(A, x), _fitting(B, x)
         if dropout_p > 0.0 and seed is None:
             seed = draw_seed(x.device)
     if wants_grad(x, bias, A, B):

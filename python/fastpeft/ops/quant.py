@@ -34,7 +34,8 @@ def quantize(w: Tensor, format: int, blocksize: int) -> tuple[Tensor, Tensor]:
         blocksize: elements that share a scale (4-bit formats); ignored by int8.
 
     Returns:
-        (codes, absmax). 4-bit: uint8 [ceil(N*K/2)] and float32 [ceil(N*K/blocksize)]; int8: int8 [N, K] and float32 [N].
+        (codes, absmax). 4-bit: uint8 [ceil(N*K/2)] and float32 [ceil(N*K/blocksize)]; int8: int8
+        [N, K] and float32 [N].
     """
     return _ops.quantize(w, format, blocksize)
 
