@@ -1,0 +1,5 @@
+"""`python -m fastpeft`."""
+
+from fastpeft.cli import main
+
+main()

@@ -1,0 +1,41 @@
+"""Shared ways to print: tables, byte counts, JSON."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+
+def as_bytes(count: float) -> str:
+    """1536 -> "1.5 KiB"."""
+    for unit in ("B", "KiB", "MiB"):
+        if abs(count) < 1024:
+            return f"{count:.0f} B" if unit == "B" else f"{count:.1f} {unit}"
+        count /= 1024
+    return f"{count:.2f} GiB"
+
+
+def as_seconds(seconds: float) -> str:
+    """75 -> "1:15 min"; under a minute "12.3 s"."""
+    if seconds < 60:
+        return f"{seconds:.1f} s"
+    return f"{int(seconds) // 60}:{int(seconds) % 60:02d} min"
+
+
+def table(rows: Iterable[tuple[str, str]], title: str | None = None) -> None:
+    """Prints name-value rows, never cutting a value short."""
+    grid = Table(title=title, title_justify="left", show_header=False, box=None, pad_edge=False)
+    grid.add_column(no_wrap=True)
+    grid.add_column(overflow="fold")
+    for name, value in rows:
+        grid.add_row(name, value)
+    Console(highlight=False, markup=False).print(grid)
+
+
+def as_json(value: Any) -> None:
+    """Prints JSON for a machine."""
+    print(json.dumps(value, indent=2, default=str))

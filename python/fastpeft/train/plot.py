@@ -1,0 +1,58 @@
+"""loss.png: training loss of every step, its running mean, and the held-out loss before and after."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+
+def running_mean(values: list[float], width: int) -> list[float]:
+    """Mean of each value and the up to width - 1 values before it."""
+    sums = [0.0]
+    for value in values:
+        sums.append(sums[-1] + value)
+    return [
+        (sums[i + 1] - sums[max(0, i + 1 - width)]) / min(i + 1, width) for i in range(len(values))
+    ]
+
+
+def draw(rows: list[dict[str, Any]], path: Path, title: str) -> None:
+    """Draws the metrics rows of a run into a PNG; needs no display.
+
+    Args:
+        rows: of metrics.jsonl.
+        path: of the PNG.
+        title: printed above.
+    """
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    train = [row for row in rows if row["kind"] == "train"]
+    heldout = [row for row in rows if row["kind"] == "heldout"]
+    steps = [row["step"] for row in train]
+    losses = [row["loss"] for row in train]
+    figure = Figure(figsize=(8, 4.5), layout="constrained")
+    FigureCanvasAgg(figure)
+    axes = figure.add_subplot()
+    axes.plot(steps, losses, color="tab:blue", alpha=0.35, linewidth=1, label="training, each step")
+    width = max(1, min(20, len(losses) // 5))
+    if width > 1:
+        label = f"training, mean of {width} steps"
+        axes.plot(steps, running_mean(losses, width), color="tab:blue", label=label)
+    axes.plot(
+        [row["step"] for row in heldout],
+        [row["loss"] for row in heldout],
+        "o--",
+        color="tab:red",
+        label="held-out text",
+    )
+    for row in heldout:
+        axes.annotate(
+            f"{row['loss']:.3f}", (row["step"], row["loss"]), (0, 6), textcoords="offset points"
+        )
+    axes.set_xlabel("optimizer step")
+    axes.set_ylabel("cross entropy, nats per token")
+    axes.set_title(title)
+    axes.grid(alpha=0.3)
+    axes.legend()
+    figure.savefig(path, dpi=130)
