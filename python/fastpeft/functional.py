@@ -46,7 +46,7 @@ def qlinear(
         and lora_B.
 
     Raises:
-        ConfigError: lora_A without lora_B, dropout_p outside [0, 1).
+        ConfigError: x's last size is not K, lora_A without lora_B, dropout_p outside [0, 1).
         StateError: a gradient is asked for the weight.
         RuntimeError: shapes, dtypes or devices that do not fit.
     """

@@ -45,9 +45,11 @@ class _Bottleneck(torch.autograd.Function):
         residual: Tensor | None,
         activation: int,
         scaling: float,
+        serial: bool,
     ) -> Tensor:
-        ctx.activation, ctx.scaling = activation, scaling
+        ctx.activation, ctx.scaling, ctx.serial = activation, scaling, serial
         ctx.save_for_backward(x, down, down_bias, up, up_bias)
+        residual = x if serial else residual
         return _ops.bottleneck_fwd(x, down, down_bias, up, up_bias, activation, scaling, residual)
 
     @staticmethod
@@ -62,7 +64,9 @@ class _Bottleneck(torch.autograd.Function):
                 dy, x, down, down_bias, up, up_bias, ctx.activation, ctx.scaling
             )
             grads = tuple(g if need else None for g, need in zip(computed, needs[:5], strict=True))
-        return *grads, dy if needs[5] else None, None, None
+            if ctx.serial and grads[0] is not None:
+                grads = (grads[0] + dy, *grads[1:])
+        return *grads, dy if needs[5] else None, None, None, None
 
 
 def bottleneck(
@@ -104,7 +108,10 @@ def bottleneck(
         )
     code = ACTIVATIONS[activation]
     if wants_grad(x, down, down_bias, up, up_bias, residual):
-        return _Bottleneck.apply(x, down, down_bias, up, up_bias, residual, code, scaling)
+        # torch.compile refuses one tensor as two inputs, so "x itself" is an option of its own.
+        serial = residual is x
+        rest = None if serial else residual
+        return _Bottleneck.apply(x, down, down_bias, up, up_bias, rest, code, scaling, serial)
     return _ops.bottleneck_fwd(x, down, down_bias, up, up_bias, code, scaling, residual)
 
 

@@ -17,6 +17,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from .._library import load
+from ..errors import ConfigError, refuse
 from .lora import LowRank, _without_autocast, draw_seed, lora_wgrad, rows_of, wants_grad
 
 load()
@@ -132,9 +133,15 @@ def qlinear(
         [..., N] in x's dtype. Gradients flow to x, bias, A and B, each only if it asks for one.
 
     Raises:
+        ConfigError: x's last size is not K.
         RuntimeError: shapes, dtypes or devices that do not fit (named in the text); a second
             derivative.
     """
+    # The forward operator is told N alone: with padded tiles another K could go unnoticed there.
+    if x.dim() == 0 or x.shape[-1] != w.K:
+        raise refuse(
+            ConfigError, "x", f"shape {list(x.shape)}", f"[..., {w.K}]", "in_features is the last."
+        )
     A = B = seed = None
     scaling, dropout_p = 1.0, 0.0
     if bias is not None:
