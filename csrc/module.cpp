@@ -1,4 +1,5 @@
-// fastpeft._C: facts about the build, the formats' constants, and the printable plan of a problem. No tensor passes here.
+// fastpeft._C: facts about the build, the formats' constants, and the printable plan of a problem.
+// No tensor passes here.
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
@@ -46,9 +47,11 @@ DType dtype_of(const std::string& name) {
   throw py::value_error("dtype: expected float32, float64, bfloat16 or float16, got " + name);
 }
 
-py::dict plan(int64_t M, int64_t N, int64_t K, int64_t R, const std::string& format, int64_t blocksize,
-              const std::string& direction, const std::string& dtype, int arch, int sm_count) {
-  if (M < 0 || N < 1 || K < 1 || R < 0) throw py::value_error("M, N, K, R: expected M >= 0, N >= 1, K >= 1, R >= 0");
+py::dict plan(int64_t M, int64_t N, int64_t K, int64_t R, const std::string& format,
+              int64_t blocksize, const std::string& direction, const std::string& dtype, int arch,
+              int sm_count) {
+  if (M < 0 || N < 1 || K < 1 || R < 0)
+    throw py::value_error("M, N, K, R: expected M >= 0, N >= 1, K >= 1, R >= 0");
   if (direction != "fwd" && direction != "dgrad")
     throw py::value_error("direction: expected fwd or dgrad, got " + direction);
   Problem p;
@@ -71,12 +74,15 @@ py::dict plan(int64_t M, int64_t N, int64_t K, int64_t R, const std::string& for
 
 PYBIND11_MODULE(_C, m) {
   m.doc() = "Build facts, format constants and kernel plans of fastpeft. Works without torch.";
-  m.def("build_facts", &build_facts, "dict: version, torch_target, cuda, cuda_archs, sm90a, cpu_isa.");
-  m.def("plan", &plan, py::arg("M"), py::arg("N"), py::arg("K"), py::arg("R") = 0, py::arg("format") = "nf4",
-        py::arg("blocksize") = 64, py::arg("direction") = "fwd", py::arg("dtype") = "bfloat16", py::arg("arch") = 0,
-        py::arg("sm_count") = 0,
-        "The kernel that serves this problem: dict of kernel, fuses_lora, tile_tokens, panel_rows, workspace_bytes, text. arch is the compute "
+  m.def("build_facts", &build_facts,
+        "dict: version, torch_target, cuda, cuda_archs, sm90a, cpu_isa.");
+  m.def("plan", &plan, py::arg("M"), py::arg("N"), py::arg("K"), py::arg("R") = 0,
+        py::arg("format") = "nf4", py::arg("blocksize") = 64, py::arg("direction") = "fwd",
+        py::arg("dtype") = "bfloat16", py::arg("arch") = 0, py::arg("sm_count") = 0,
+        "The kernel that serves this problem: dict of kernel, fuses_lora, tile_tokens, panel_rows, "
+        "workspace_bytes, text. arch is the compute "
         "capability times 10, 0 for the CPU.");
   m.attr("NF4_CODE") = std::vector<float>(kNf4Code, kNf4Code + 16);
-  m.attr("TILE") = std::map<std::string, int>{{"n", kTileN}, {"k", kTileK}, {"strip_bytes", kStripBytes}};
+  m.attr("TILE") =
+      std::map<std::string, int>{{"n", kTileN}, {"k", kTileK}, {"strip_bytes", kStripBytes}};
 }

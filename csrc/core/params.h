@@ -1,5 +1,6 @@
-// One struct per kernel: raw pointers with their shapes, nothing else. Filled by csrc/ops, obeyed by csrc/cpu and cuda.
-// Letters: M tokens, N out features, K in features, R rank, D bottleneck width.
+// One struct per kernel: raw pointers with their shapes, nothing else. Filled by csrc/ops, obeyed
+// by csrc/cpu and cuda. Letters: M tokens, N out features, K in features, R rank, D bottleneck
+// width.
 #pragma once
 #include "formats.h"
 #include "types.h"
@@ -21,9 +22,9 @@ struct QuantizeParams {
   Format format = Format::kNf4;
   int64_t N = 0, K = 0, blocksize = 64;
   DType dtype = DType::kFloat32;
-  const void* w = nullptr;   // [N, K] contiguous
-  void* codes = nullptr;     // 4-bit: uint8 [ceil(N*K/2)]; int8: int8 [N, K]
-  float* absmax = nullptr;   // 4-bit: [ceil(N*K/blocksize)]; int8: [N]
+  const void* w = nullptr;  // [N, K] contiguous
+  void* codes = nullptr;    // 4-bit: uint8 [ceil(N*K/2)]; int8: int8 [N, K]
+  float* absmax = nullptr;  // 4-bit: [ceil(N*K/blocksize)]; int8: [N]
   Stream stream = nullptr;
 };
 
@@ -33,7 +34,7 @@ struct QuantizeAbsmaxParams {
   const float* absmax = nullptr;  // [count]
   const float* offset = nullptr;  // [1], mean of absmax
   uint8_t* codes = nullptr;       // [count]
-  float* nested = nullptr;        // in: [1..256] holds the map; out: [0] = offset, [257..] nested absmax
+  float* nested = nullptr;  // in: [1..256] holds the map; out: [0] = offset, [257..] nested absmax
   Stream stream = nullptr;
 };
 
@@ -96,7 +97,8 @@ struct DropoutParams {
   Stream stream = nullptr;
 };
 
-// Per-token int8 of activations with LLM.int8() outlier columns (Dettmers et al. 2022). threshold 0: none.
+// Per-token int8 of activations with LLM.int8() outlier columns (Dettmers et al. 2022). threshold
+// 0: none.
 struct QuantizeRowsParams {
   int64_t M = 0, K = 0;
   DType dtype = DType::kFloat32;
@@ -123,7 +125,14 @@ struct Int8EpilogueParams {
   Stream stream = nullptr;
 };
 
-enum class Activation : int32_t { kRelu = 0, kGelu = 1, kGeluTanh = 2, kSilu = 3, kTanh = 4, kIdentity = 5 };
+enum class Activation : int32_t {
+  kRelu = 0,
+  kGelu = 1,
+  kGeluTanh = 2,
+  kSilu = 3,
+  kTanh = 4,
+  kIdentity = 5
+};
 
 // Bottleneck pieces around the two GEMMs: h = act(z + b).
 struct BottleneckActParams {
@@ -151,16 +160,16 @@ struct BottleneckOutParams {
 };
 
 // The kernels a backend offers; csrc/cpu/cpu.h and cuda/launch.h declare the same names.
-#define FASTPEFT_DECLARE_KERNELS                    \
-  void quantize(const QuantizeParams&);             \
-  void quantize_absmax(const QuantizeAbsmaxParams&); \
-  void tile(const TileParams&);                     \
-  void dequantize(const DequantizeParams&);         \
-  void qlinear_fwd(const QLinearFwdParams&);        \
-  void qlinear_dgrad(const QLinearDgradParams&);    \
-  void dropout(const DropoutParams&);               \
-  void quantize_rows(const QuantizeRowsParams&);    \
-  void int8_epilogue(const Int8EpilogueParams&);    \
+#define FASTPEFT_DECLARE_KERNELS                       \
+  void quantize(const QuantizeParams&);                \
+  void quantize_absmax(const QuantizeAbsmaxParams&);   \
+  void tile(const TileParams&);                        \
+  void dequantize(const DequantizeParams&);            \
+  void qlinear_fwd(const QLinearFwdParams&);           \
+  void qlinear_dgrad(const QLinearDgradParams&);       \
+  void dropout(const DropoutParams&);                  \
+  void quantize_rows(const QuantizeRowsParams&);       \
+  void int8_epilogue(const Int8EpilogueParams&);       \
   void bottleneck_act_fwd(const BottleneckActParams&); \
   void bottleneck_act_bwd(const BottleneckActParams&); \
   void bottleneck_out(const BottleneckOutParams&);

@@ -1,5 +1,6 @@
-// Philox4x32-10 (Salmon et al. 2011, "Parallel random numbers: as easy as 1, 2, 3"), counter = element index / 4, key = seed.
-// The same numbers on every backend, so a dropout mask is recomputed, never stored.
+// Philox4x32-10 (Salmon et al. 2011, "Parallel random numbers: as easy as 1, 2, 3"), counter =
+// element index / 4, key = seed. The same numbers on every backend, so a dropout mask is
+// recomputed, never stored.
 #pragma once
 #include "types.h"
 
@@ -26,6 +27,8 @@ FASTPEFT_HD Philox4 philox(uint64_t seed, uint64_t counter) {
 }
 
 // An element is dropped when its 32 random bits are below this; p in [0, 1).
-FASTPEFT_HD uint32_t drop_threshold(float p) { return uint32_t(double(p) * 4294967296.0); }
+FASTPEFT_HD uint32_t drop_threshold(float p) {
+  return uint32_t(double(p) * 4294967296.0);
+}
 
 }  // namespace fastpeft

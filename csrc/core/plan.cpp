@@ -25,8 +25,9 @@ bool wgmma_serves(const Problem& p) {
 #endif
 }
 
-// Clocks that the wgmma kernel takes with tiles of `tokens`: k-blocks of 1024 (tensor cores) or 770 (decode) clocks, over
-// the waves of tiles; a last wave that fills at most half of the blocks is cut in two, for about 2500 clocks of exchange.
+// Clocks that the wgmma kernel takes with tiles of `tokens`: k-blocks of 1024 (tensor cores) or 770
+// (decode) clocks, over the waves of tiles; a last wave that fills at most half of the blocks is
+// cut in two, for about 2500 clocks of exchange.
 double wgmma_clocks(const Problem& p, int64_t tokens) {
   const bool is_fwd = p.direction == Direction::kFwd;
   const int64_t rows = is_fwd ? p.N : p.K, kblocks = ceil_div<int64_t>(is_fwd ? p.K : p.N, 64);
@@ -70,9 +71,11 @@ Plan make_plan(const Problem& p) {
 
 std::string describe(const Problem& p, const Plan& plan) {
   std::ostringstream s;
-  s << format_name(p.format) << (p.direction == Direction::kFwd ? " fwd " : " dgrad ") << dtype_name(p.dtype)
-    << " M=" << p.M << " N=" << p.N << " K=" << p.K << " R=" << p.R << " blocksize=" << p.blocksize << " on "
-    << (p.arch ? "sm_" + std::to_string(p.arch) : std::string("cpu")) << ": " << kernel_name(plan.kernel);
+  s << format_name(p.format) << (p.direction == Direction::kFwd ? " fwd " : " dgrad ")
+    << dtype_name(p.dtype) << " M=" << p.M << " N=" << p.N << " K=" << p.K << " R=" << p.R
+    << " blocksize=" << p.blocksize << " on "
+    << (p.arch ? "sm_" + std::to_string(p.arch) : std::string("cpu")) << ": "
+    << kernel_name(plan.kernel);
   if (plan.panel_rows) s << " panel_rows=" << plan.panel_rows;
   if (plan.tile_tokens) s << " tile=128x" << plan.tile_tokens;
   s << " workspace_bytes=" << plan.workspace_bytes;

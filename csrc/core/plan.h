@@ -1,5 +1,6 @@
-// Problem -> plan: which kernel serves a quantised linear layer at this size. A pure function: tested without a GPU,
-// printed by `fastpeft plan`, obeyed by the launchers, recorded by the benchmarks.
+// Problem -> plan: which kernel serves a quantised linear layer at this size. A pure function:
+// tested without a GPU, printed by `fastpeft plan`, obeyed by the launchers, recorded by the
+// benchmarks.
 #pragma once
 #include <string>
 
@@ -20,11 +21,11 @@ struct Problem {
 };
 
 enum class KernelId : int32_t {
-  kFused = 0,           // one launch, decode inside, no 16-bit copy of W
-  kDequantMatmul = 1,   // W dequantised once in one launch, then torch's matmul
-  kPanels = 2,          // CPU: panels of rows dequantised into cache, torch's matmul on each
-  kDense = 3,           // nothing to decode
-  kWgmma = 4,           // sm_90a tensor cores, decode in registers, no 16-bit copy of W at any M
+  kFused = 0,          // one launch, decode inside, no 16-bit copy of W
+  kDequantMatmul = 1,  // W dequantised once in one launch, then torch's matmul
+  kPanels = 2,         // CPU: panels of rows dequantised into cache, torch's matmul on each
+  kDense = 3,          // nothing to decode
+  kWgmma = 4,          // sm_90a tensor cores, decode in registers, no 16-bit copy of W at any M
 };
 
 constexpr const char* kernel_name(KernelId k) {

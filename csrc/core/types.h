@@ -17,8 +17,8 @@ constexpr int64_t dtype_bytes(DType t) {
 }
 
 constexpr const char* dtype_name(DType t) {
-  return t == DType::kFloat32   ? "float32"
-         : t == DType::kFloat64 ? "float64"
+  return t == DType::kFloat32    ? "float32"
+         : t == DType::kFloat64  ? "float64"
          : t == DType::kBFloat16 ? "bfloat16"
                                  : "float16";
 }

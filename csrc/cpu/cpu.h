@@ -1,4 +1,5 @@
-// The CPU backend: portable kernels, SIMD chosen at run time. std and csrc/core only; threads come from the caller.
+// The CPU backend: portable kernels, SIMD chosen at run time. std and csrc/core only; threads come
+// from the caller.
 #pragma once
 #include <cstdint>
 
@@ -7,13 +8,15 @@
 
 namespace fastpeft::cpu {
 
-// Runs body(context, begin, end) over pieces of [0, count), each at least `grain` long. csrc/ops fills it with torch's pool;
-// until then it runs on the calling thread.
-using ParallelFor = void (*)(int64_t count, int64_t grain, void (*body)(void* context, int64_t begin, int64_t end),
+// Runs body(context, begin, end) over pieces of [0, count), each at least `grain` long. csrc/ops
+// fills it with torch's pool; until then it runs on the calling thread.
+using ParallelFor = void (*)(int64_t count, int64_t grain,
+                             void (*body)(void* context, int64_t begin, int64_t end),
                              void* context);
 void set_parallel_for(ParallelFor);
 
-// "avx512-bf16", "avx512", "avx2" or "plain": what this machine runs; FASTPEFT_CPU_ISA lowers it (tests).
+// "avx512-bf16", "avx512", "avx2" or "plain": what this machine runs; FASTPEFT_CPU_ISA lowers it
+// (tests).
 const char* isa_name();
 
 FASTPEFT_DECLARE_KERNELS
