@@ -111,13 +111,16 @@ def _quantize(format: str, W: Tensor, blocksize: int, double_quant: bool) -> Qua
 
 def _to_canonical(q: QuantizedTensor) -> dict[str, Tensor]:
     N, K = q.shape
-    # to("cpu") even of an equal value: `.item()` of a meta tensor fails with torch's own clear
-    # message.
-    offset = None if q.nested is None else q.nested[0].item()
-    state = blob.QuantState(q.format, q.blocksize, q.dtype, q.shape, offset)
     device = q.codes.device
+    offset = None
+    if q.nested is not None:  # on meta there is no number; the names and sizes still hold
+        offset = 0.0 if q.nested.is_meta else q.nested[0].item()
+    state = blob.QuantState(q.format, q.blocksize, q.dtype, q.shape, offset)
+    codes = ops.quant.untile(q.codes, N, K)
+    if q.format == "fp4" and N * K % 2:
+        codes[-1] &= 0xF0  # the nibble after the last element is zero's code; `untile` writes NF4's
     tensors = {
-        "weight": ops.quant.untile(q.codes, N, K).unsqueeze(1),
+        "weight": codes.unsqueeze(1),
         "weight.absmax": _flat(q.scales, N, K, q.blocksize),
         "weight.quant_map": codebook(q.format).to(device, copy=True),
     }
