@@ -53,6 +53,40 @@ constexpr float kNf4Threshold[15] = {
     0.1202552504837513f,   0.2035212516784668f,  0.2920137718319893f,   0.3893125355243683f,
     0.5016634166240692f,   0.6427869200706482f,  0.8614784181118011f};
 
+// FP4 (1 sign, 2 exponent, 1 mantissa bit) divided by 12. Sorted position -> nibble is kFp4Order: the codebook is not
+// monotonic, and it holds zero twice (0 and 8: (0, 0.0026] takes 8, [-0.0026, 0] takes 0).
+constexpr float kFp4Code[16] = {
+    0.0f, 0.0052083334885537624f,  0.6666666865348816f,  1.0f,  0.3333333432674408f,  0.5f,  0.1666666716337204f,  0.25f,
+    0.0f, -0.0052083334885537624f, -0.6666666865348816f, -1.0f, -0.3333333432674408f, -0.5f, -0.1666666716337204f, -0.25f};
+constexpr float kFp4Threshold[15] = {
+    -0.8333333730697632f, -0.5833333730697632f, -0.4166666865348816f, -0.2916666865348816f, -0.2083333432674408f,
+    -0.0859375f, -0.0026041667442768812f, 0.0f, 0.0026041667442768812f, 0.0859375f, 0.2083333432674408f,
+    0.2916666865348816f, 0.4166666865348816f, 0.5833333730697632f, 0.8333333730697632f};
+constexpr int kFp4Order[16] = {11, 10, 13, 12, 15, 14, 9, 0, 8, 1, 6, 7, 4, 5, 2, 3};
+
+// Rounding of the 4-bit quantiser, as bitsandbytes' CPU wheel has it (its ragged last block differs from the full ones):
+//   full block: t = w * (1 / max(absmax, kTinyAbsmax)), absmax stored as it is;
+//   last block shorter than blocksize: t = w / max(absmax, kTinyAbsmax), and that maximum is what is stored.
+//   code = order[number of thresholds < t]; so an all-zero block gets the zero code. An odd last nibble is the zero code.
+constexpr float kTinyAbsmax = 1e-38f;
+
+// Double quantisation, the same wheel: t = clamp((absmax - offset) * (1 / nested_absmax), -1, 1) is first snapped to a grid of
+// 65536 points, then takes the map entry whose midpoints enclose the grid point: code = number of midpoints
+// (map[i] + map[i+1]) * 0.5 that are < nested_grid(t). A group of 256 with nested_absmax 0 gets code 0.
+FASTPEFT_HD float nested_grid(float t) {
+  const float half = (t + 1.0f) * 0.5f;  // exact product and sum in double, rounded to float once: what an FMA gives
+  const int point = int(float(double(half) * 65535.0 + 0.5));
+  return float(point) * 2.0f / 65535.0f - 1.0f;
+}
+
+// INT8: q = round half to even(w * int8_inverse(absmax)); w = q * absmax * kInt8Step in this order, two float32 roundings,
+// kInt8Step = float32(1 / 127).
+FASTPEFT_HD float int8_inverse(float absmax) {
+  // reciprocal first, then times 127: what torch makes of 127 / tensor. Below 4e-37 it overflows: such a row is zero.
+  return absmax > 4e-37f ? (1.0f / absmax) * 127.0f : 0.0f;
+}
+constexpr float kInt8Step = 7.874015718698502e-3f;
+
 constexpr int kPairOrder[8] = {0, 4, 1, 5, 2, 6, 3, 7};    // stored position -> pair
 constexpr int kPairPlace[8] = {0, 2, 4, 6, 1, 3, 5, 7};    // pair -> stored position
 

@@ -1,0 +1,98 @@
+// lora_wgrad, dropout. With z = drop(x), s = z A^T, y += scaling * s B^T:
+//   ds = scaling * dy B,  dB = scaling * dy^T s,  dA = ds^T z
+#include "backend.h"
+
+namespace fastpeft::ops {
+
+namespace {
+
+DropoutParams dropout_params(const Backend& backend, const Tensor& x, const Tensor& y, double p,
+                             const OptionalTensor& seed) {
+  DropoutParams params;
+  params.count = x.numel();
+  params.dtype = floating_dtype("x", x);
+  params.x = x.data_ptr();
+  params.p = float(p);
+  params.seed = static_cast<const int64_t*>(seed->data_ptr());
+  params.y = y.data_ptr();
+  params.stream = backend.stream();
+  return params;
+}
+
+}  // namespace
+
+// A dropped copy of contiguous x.
+Tensor drop(const Backend& backend, const Tensor& x, double p, const OptionalTensor& seed) {
+  Tensor y = empty_with_last(x, x.size(x.dim() - 1));
+  const DropoutParams params = dropout_params(backend, x, y, p, seed);
+  if (params.count > 0) FASTPEFT_RUN(backend, dropout, params);
+  return y;
+}
+
+// y += drop(x), both contiguous.
+void drop_add(const Backend& backend, const Tensor& y, const Tensor& x, double p,
+              const OptionalTensor& seed) {
+  DropoutParams params = dropout_params(backend, x, y, p, seed);
+  params.add = true;
+  if (params.count > 0) FASTPEFT_RUN(backend, dropout, params);
+}
+
+Tensor dropout(const Tensor& x, double p, const Tensor& seed) {
+  floating_dtype("x", x);
+  check_dropout(p, seed, x);
+  if (x.dim() == 0 || p == 0.0) {
+    STD_TORCH_CHECK(p == 0.0, "x: expected shape [..., K], got a scalar");
+    return torch::stable::clone(contiguous_of(x));
+  }
+  const Backend backend(x);
+  return drop(backend, contiguous_of(x), p, seed);
+}
+
+std::tuple<Tensor, Tensor, Tensor> lora_wgrad(const Tensor& dy, const Tensor& x, const Tensor& s,
+                                              const Tensor& lora_A, const Tensor& lora_B,
+                                              double scaling, double dropout_p,
+                                              const OptionalTensor& seed) {
+  floating_dtype("x", x);
+  check_dtype("dy", dy, x.scalar_type());
+  check_device("dy", dy, "x", x);
+  STD_TORCH_CHECK(lora_A.dim() == 2 && lora_A.size(0) > 0,
+                  "lora_A: expected shape [R, K] with R > 0, got ", shape_text(lora_A));
+  const int64_t R = lora_A.size(0), K = lora_A.size(1), M = row_count(x);
+  check_last("x", x, K);
+  const int64_t N = lora_B.dim() == 2 ? lora_B.size(0) : 0;
+  check_matrix("lora_B", lora_B, N, R);
+  check_last("dy", dy, N);
+  STD_TORCH_CHECK(row_count(dy) == M, "dy: expected as many rows as x ", shape_text(x), ", got ",
+                  shape_text(dy));
+  check_matrix("s", s, M, R);
+  check_dtype("s", s, x.scalar_type());
+  check_device("s", s, "x", x);
+  check_dropout(dropout_p, seed, x);
+  parameter("lora_A", lora_A, x);  // refuses wrong dtypes and devices; its values are not needed
+  const Tensor b = parameter("lora_B", lora_B, x);
+  const Backend backend(x);
+  const Tensor dy_rows = matrix_view(contiguous_of(dy), M, N, N, 1);
+  const Tensor x_rows = matrix_view(contiguous_of(x), M, K, K, 1);
+  Tensor ds = empty({M, R}, x.scalar_type(), x);
+  Tensor dA = empty({R, K}, x.scalar_type(), x), dB = empty({N, R}, x.scalar_type(), x);
+  if (M == 0) {
+    torch::stable::zero_(dA);
+    torch::stable::zero_(dB);
+  } else {
+    mm(ds, dy_rows, b, scaling);
+    mm(dB, transposed(dy_rows), contiguous_of(s), scaling);
+    mm(dA, transposed(ds), dropout_p > 0.0 ? drop(backend, x_rows, dropout_p, seed) : x_rows);
+  }
+  return {as_dtype(dA, lora_A.scalar_type()), as_dtype(dB, lora_A.scalar_type()), ds};
+}
+
+namespace {
+void register_ops(torch::stable::detail::StableLibrary& m) {
+  m.impl("lora_wgrad", TORCH_BOX(&lora_wgrad));
+  m.impl("dropout", TORCH_BOX(&dropout));
+}
+}  // namespace
+
+}  // namespace fastpeft::ops
+
+FASTPEFT_REGISTER(fastpeft::ops::register_ops)
