@@ -38,9 +38,14 @@ def _rms(values: torch.Tensor) -> float:
     return float(values.square().mean().sqrt())
 
 
+def _listed(plain) -> list[torch.Tensor]:
+    return plain if isinstance(plain, list) else [plain]
+
+
 def judge(out, exact, plain, *, dtype=None, name="out") -> Verdict:
     """Compares out with the float64 `exact`, with `plain` (plain torch in the same dtype) as the
-    yardstick.
+    yardstick: a tensor, or a list of the same result from several orders of summation, of which the
+    worst error counts.
 
     dtype: where the computation was done when out's own dtype is wider (a float32 gradient of a
     bfloat16 layer).
@@ -50,7 +55,8 @@ def judge(out, exact, plain, *, dtype=None, name="out") -> Verdict:
         return Verdict(False, f"{name}: shape {tuple(out.shape)}, expected {tuple(exact.shape)}")
     if out.numel() == 0:
         return Verdict(True, f"{name}: empty")
-    out64, plain64, exact = out.detach().double(), plain.detach().double(), exact.detach()
+    out64, exact = out.detach().double(), exact.detach()
+    plain64 = torch.stack([p.detach().double() for p in _listed(plain)])
     if not bool(torch.isfinite(plain64).all()):
         return Verdict(
             False, f"{name}: the case itself is wrong: plain torch is not finite in {dtype}"
@@ -65,12 +71,12 @@ def judge(out, exact, plain, *, dtype=None, name="out") -> Verdict:
     allowed = 2 * plain_error.max() + step
     worst = int((error - allowed).argmax())
     where = tuple(int(i) for i in torch.unravel_index(torch.tensor(worst), out.shape))
-    rms, rms_allowed = _rms(error), 2 * _rms(plain_error) + _rms(step)
+    rms, rms_allowed = _rms(error), 2 * max(map(_rms, plain_error)) + _rms(step)
     ok = bool(error[where] <= allowed[where]) and rms <= rms_allowed
     over = int((error > allowed).sum())
     text = (
         f"{name}{list(where)}: got {float(out64[where]):.9g}, exact {float(exact[where]):.9g}, "
-        f"plain torch {float(plain64[where]):.9g}; error {float(error[where]):.3g}, "
+        f"plain torch {float(plain64[(0, *where)]):.9g}; error {float(error[where]):.3g}, "
         f"allowed {float(allowed[where]):.3g} (2 x {float(plain_error.max()):.3g} + one step); "
         f"rms error {rms:.3g}, allowed {rms_allowed:.3g}; {over} of {out.numel()} elements over"
     )

@@ -22,7 +22,7 @@ NF4 = (
     0.44070982933044434, 0.5626170039176941, 0.7229568362236023, 1.0,
 )  # fmt: skip
 _FP4_HALF = tuple(v / 12 for v in (0.0, 0.0625, 8.0, 12.0, 4.0, 6.0, 2.0, 3.0))
-FP4 = _FP4_HALF + tuple(-v for v in _FP4_HALF)
+FP4 = _FP4_HALF + tuple(0.0 - v for v in _FP4_HALF)  # nibble 8 is a second +0
 CODEBOOKS = {"nf4": NF4, "fp4": FP4}
 FORMAT_IDS = {"dense": 0, "nf4": 1, "fp4": 2, "int8": 3}
 NESTED_BLOCK = 256
@@ -160,17 +160,16 @@ def quantize_rows(
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """x [M, K] -> codes float64 [M, K] (integers), row scale float32 [M], outlier columns bool [K].
 
-    threshold > 0: a column with any |x| >= threshold is an outlier; it does not count for the row's
-    absmax and its code is 0.
+    threshold > 0: an element with |x| >= threshold does not count for its row's scale, and the
+    codes of its whole column are 0: that column is computed in x's dtype.
     """
     wide = x.detach().float()
-    outlier = torch.zeros(x.shape[1], dtype=torch.bool, device=x.device)
-    if threshold > 0 and x.shape[0]:
-        outlier = (wide.abs() >= threshold).any(dim=0)
-    inner = wide.masked_fill(outlier, 0.0)
+    large = (wide.abs() >= threshold) if threshold > 0 else torch.zeros_like(wide, dtype=torch.bool)
+    inner, outlier = wide.masked_fill(large, 0.0), large.any(dim=0)
     scale = inner.abs().amax(dim=1)
     inverse = torch.where(scale > 0, 127.0 / scale, torch.zeros_like(scale))
-    return torch.round(inner * inverse[:, None]).double(), scale, outlier
+    codes = torch.round(inner * inverse[:, None]).masked_fill(outlier, 0.0)
+    return codes.double(), scale, outlier
 
 
 # ---- dropout

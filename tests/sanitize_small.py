@@ -1,0 +1,115 @@
+"""Runs every op of the library on tiny shapes, for compute-sanitizer:
+
+    PYTORCH_NO_CUDA_MEMORY_CACHING=1 compute-sanitizer --tool memcheck --error-exitcode 9 \
+        python tests/sanitize_small.py
+
+Without torch's caching allocator a read past a tensor's end is a read past an allocation. Values
+are checked too. Exit code 1 when an op of the library was not run.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from pathlib import Path
+
+sys.path[:0] = [str(Path(__file__).parent), str(Path(__file__).parent.parent / "python")]
+
+import cases  # noqa: E402
+import compare  # noqa: E402
+import kernelkit  # noqa: E402
+import reference  # noqa: E402
+import torch  # noqa: E402
+from fastpeft.ops import bottleneck, lora, quant  # noqa: E402
+from torch.utils._python_dispatch import TorchDispatchMode  # noqa: E402
+
+
+class Recorder(TorchDispatchMode):
+    """Notes which ops of the library ran."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.ran: set[str] = set()
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        if func.namespace == "fastpeft":
+            self.ran.add(func._schema.name)
+        return func(*args, **(kwargs or {}))
+
+
+def every_op() -> set[str]:
+    """Names of all ops that the library registers."""
+    return {n for n in torch._C._dispatch_get_all_op_names() if n.startswith("fastpeft::")}
+
+
+def quantise(device: str) -> None:
+    """quantize, quantize_absmax, tile, untile, dequantize on odd shapes."""
+    for fmt in ("nf4", "fp4"):
+        for N, K, blocksize in ((7, 341, 64), (33, 96, 32), (1, 64, 64), (17, 100, 4096)):
+            W = torch.randn(N, K, device=device)
+            codes, absmax = quant.quantize(W, reference.FORMAT_IDS[fmt], blocksize)
+            tiled = quant.tile(codes, reference.FORMAT_IDS[fmt], N, K)
+            assert torch.equal(quant.untile(tiled, N, K), codes)
+            scales = reference.scales_in_memory(absmax, N, K, blocksize)
+            back = quant.dequantize(
+                tiled, scales, None, reference.FORMAT_IDS[fmt], blocksize, N, K, torch.float32
+            )
+            want = reference.dequantize_4bit(
+                reference.unpack_canonical(codes, N * K), absmax, fmt, blocksize, N, K
+            )
+            compare.assert_bitwise(back, want, f"{fmt} {N}x{K}")
+            quant.quantize_absmax(absmax, reference.dynamic_map(device), absmax.mean().view(1))
+    quant.quantize(torch.randn(7, 341, device=device), reference.FORMAT_IDS["int8"], 0)
+
+
+def layers(device: str) -> None:
+    """qlinear forward and backward, LoRA gradients, dropout."""
+    shapes = ((7, 341, 64), (33, 96, 32), (48, 192, 128))
+    number = 0
+    for kind in cases.KINDS:
+        for M in (1, 5, 33):
+            number += 1
+            N, K, blocksize = shapes[number % len(shapes)]
+            dtype = list(cases.DTYPES)[number % len(cases.DTYPES)]
+            R = (0, 8, 13)[(number // 3) % 3]
+            case = cases.Case(
+                kind, dtype, M, N, K, R, blocksize, number % 2 == 0, 0.25 if R else 0.0
+            )
+            kernelkit.check(case, device)
+    seed = torch.tensor([3], device=device)
+    lora.dropout(torch.randn(3, 67, device=device), 0.5, seed)
+
+
+def adapters(device: str) -> None:
+    """Bottleneck forward and backward."""
+    for number, activation in enumerate(reference.ACTIVATIONS):
+        M, K, D = ((1, 96, 8), (9, 341, 7), (33, 64, 40))[number % 3]
+        dtype = list(cases.DTYPES.values())[number % 3]
+        x, dy = (torch.randn(M, K, device=device).to(dtype) for _ in range(2))
+        parts = [
+            torch.randn(*s, device=device).to(dtype).requires_grad_(True)
+            for s in ((D, K), (D,), (K, D), (K,))
+        ]
+        x.requires_grad_(True)
+        bottleneck.bottleneck(x, *parts, activation, 2.0, x).backward(dy)
+
+
+def main() -> int:
+    """0: all ran and were right; 1: an op is missing."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--device", default="cuda")
+    device = parser.parse_args().device
+    torch.manual_seed(0)
+    with Recorder() as recorder:
+        quantise(device)
+        layers(device)
+        adapters(device)
+    if device == "cuda":
+        torch.cuda.synchronize()
+    missing = every_op() - recorder.ran
+    print(f"ran {len(recorder.ran)} ops on {device}; not run: {sorted(missing) or 'none'}")
+    return 1 if missing else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,236 @@
+"""What only a GPU can show: graph capture, compilation to Triton, streams, sizes of real layers.
+
+The whole covering matrix runs on CUDA through the `device` fixture of the other files.
+"""
+
+from __future__ import annotations
+
+import compare
+import fastpeft
+import kernelkit
+import pytest
+import reference
+import torch
+from cases import Case
+
+BF16 = torch.bfloat16
+# the small-M kernels, the boundary to the large-M path, and beyond
+TOKENS = (1, 4, 16, 64, 300)
+MODEL_SIZED = [
+    Case(kind, "bfloat16", M, 1024, 1536, 16, number=M)
+    for kind in ("nf4", "int8", "llm.int8")
+    for M in (1, 2, 8, 9, 32, 128, 129, 512, 2048)
+]
+
+
+def make_layer(dropout: float = 0.0, dtype=BF16, **more):
+    """A QLoRALinear 192 -> 80 whose B is not zero, so that every gradient has a value."""
+    linear = torch.nn.Linear(192, 80, device="cuda", dtype=dtype)
+    layer = fastpeft.QLoRALinear.from_linear(
+        linear, r=8, lora_alpha=16, lora_dropout=dropout, **more
+    )
+    with torch.no_grad():
+        layer.lora_B.weight.normal_(0.0, 0.5)
+    return layer.train()
+
+
+def draw(M, dtype=BF16):
+    x = torch.randn(M, 192, device="cuda", dtype=dtype, requires_grad=True)
+    return x, torch.randn(M, 80, device="cuda", dtype=dtype)
+
+
+def step(layer, x, dy) -> dict[str, torch.Tensor]:
+    """Forward and backward, the gradients as values."""
+    y = layer(x)
+    leaves = (x, layer.lora_A.weight, layer.lora_B.weight)
+    dx, dA, dB = torch.autograd.grad(y, leaves, dy)
+    return {"y": y.detach(), "dx": dx, "dA": dA, "dB": dB}
+
+
+def check_step(got, layer, x, dy):
+    """Holds a step without dropout against the formulas."""
+    parts = (layer.lora_A.weight.detach(), layer.lora_B.weight.detach(), 2.0)
+    W, flat = layer.base_layer.dequantize(torch.float32), x.detach()
+    bias = layer.base_layer.bias
+    wanted = []
+    for dtype in (torch.float64, x.dtype):
+        y, _ = reference.qlinear(dtype, flat, W, bias, *parts)
+        wanted.append({"y": y, **reference.qlinear_grads(dtype, dy, flat, W, *parts)})
+    for name, value in got.items():
+        exact, plain = wanted[0][name], wanted[1][name]
+        compare.assert_close(value, exact, plain, dtype=x.dtype, name=name)
+
+
+def capture(work):
+    """Warms up on a side stream, then captures: (graph, what work() returned inside)."""
+    side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):
+        for _ in range(3):
+            work()
+    torch.cuda.current_stream().wait_stream(side)
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        results = work()
+    return graph, results
+
+
+@pytest.mark.parametrize("case", MODEL_SIZED, ids=str)
+def test_sizes_of_real_layers(cuda, case):
+    kernelkit.check(case, cuda)
+
+
+@pytest.mark.parametrize("M", TOKENS)
+def test_forward_and_backward_in_a_cuda_graph(cuda, M):
+    layer = make_layer()
+    x, dy = draw(M)
+    graph, results = capture(lambda: step(layer, x, dy))
+    for _ in range(3):  # new numbers in the same memory
+        with torch.no_grad():
+            x.copy_(torch.randn_like(x))
+            dy.copy_(torch.randn_like(dy))
+            layer.lora_A.weight.normal_(0.0, 0.1)
+            layer.lora_B.weight.normal_(0.0, 0.5)
+        for value in results.values():
+            value.fill_(float("nan"))  # a replay that writes nothing must not look right
+        graph.replay()
+        torch.cuda.synchronize()
+        replayed = {name: value.clone() for name, value in results.items()}
+        check_step(replayed, layer, x, dy)
+        eager = step(layer, x, dy)
+        for name, value in eager.items():
+            compare.assert_bitwise(replayed[name], value, f"M={M} {name}: graph against eager")
+
+
+def test_llm_int8_in_a_cuda_graph(cuda):
+    """The choice of outlier columns is made on the device: the graph must follow new inputs."""
+    linear = torch.nn.Linear(192, 80, device="cuda", dtype=BF16)
+    layer = fastpeft.Linear8bit.from_linear(linear, threshold=6.0)
+    x = torch.randn(32, 192, device="cuda", dtype=BF16)
+    with torch.no_grad():
+        graph, y = capture(lambda: layer(x))
+        for column in (3, 100):
+            x.normal_()
+            x[5, column] = 20.0
+            y.fill_(float("nan"))
+            graph.replay()
+            compare.assert_bitwise(y, layer(x), f"outlier in column {column}")
+
+
+def test_dropout_in_a_cuda_graph_is_new_at_every_replay(cuda):
+    layer = make_layer(dropout=0.5)
+    x, dy = draw(16)
+    graph, results = capture(lambda: step(layer, x, dy))
+    seen = []
+    for _ in range(3):
+        graph.replay()
+        torch.cuda.synchronize()
+        seen.append({name: value.clone() for name, value in results.items()})
+    assert all(torch.isfinite(v).all() for run in seen for v in run.values())
+    for first, second in ((0, 1), (1, 2)):
+        assert not torch.equal(seen[first]["y"], seen[second]["y"])
+        assert not torch.equal(seen[first]["dA"], seen[second]["dA"])
+
+
+@pytest.mark.parametrize("M", [1, 48])
+def test_compiles_without_a_graph_break(cuda, M):
+    layer = make_layer()
+    x, dy = draw(M)
+    compiled = torch.compile(layer, fullgraph=True)
+    y = compiled(x)
+    leaves = (x, layer.lora_A.weight, layer.lora_B.weight)
+    dx, dA, dB = torch.autograd.grad(y, leaves, dy)
+    check_step({"y": y.detach(), "dx": dx, "dA": dA, "dB": dB}, layer, x, dy)
+
+
+def test_compiles_with_dropout(cuda):
+    layer = make_layer(dropout=0.5)
+    compiled = torch.compile(layer, fullgraph=True)
+    x, dy = draw(8)
+    y = compiled(x)
+    y.backward(dy)
+    assert torch.isfinite(y).all() and torch.isfinite(layer.lora_A.weight.grad).all()
+    assert not torch.equal(y, compiled(x))
+
+
+@pytest.mark.parametrize("M", TOKENS)
+def test_no_step_waits_for_the_gpu(cuda, M):
+    layer = make_layer(dropout=0.1)
+    x, dy = draw(M)
+    step(layer, x, dy)
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        step(layer, x, dy)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+
+
+@pytest.mark.parametrize("M", TOKENS)
+def test_two_streams_do_not_disturb_each_other(cuda, M):
+    layers, streams = [make_layer(), make_layer()], [torch.cuda.Stream(), torch.cuda.Stream()]
+    data = [draw(M), draw(M)]
+    torch.cuda.synchronize()
+
+    def on(i):
+        with torch.cuda.stream(streams[i]):
+            return step(layers[i], *data[i])
+
+    alone = []
+    for i in (0, 1):
+        alone.append(on(i))
+        torch.cuda.synchronize()
+    together = [on(i) for _ in range(20) for i in (0, 1)]
+    torch.cuda.synchronize()
+    for number, got in enumerate(together):
+        for name, value in got.items():
+            compare.assert_bitwise(value, alone[number % 2][name], f"run {number} {name}")
+
+
+def test_the_current_stream_is_used(cuda):
+    """The op must queue behind work on the stream that is current, not on the default one."""
+    layer = make_layer()
+    x = torch.zeros(4, 192, device="cuda", dtype=BF16)
+    with torch.no_grad():
+        bias = layer(x)
+        stream = torch.cuda.Stream()
+        stream.wait_stream(torch.cuda.current_stream())
+        value = torch.randn_like(x)
+        torch.cuda.synchronize()
+        with torch.cuda.stream(stream):
+            torch.cuda._sleep(50_000_000)  # clock cycles: some 30 ms
+            x.copy_(value)
+            y = layer(x)
+        stream.synchronize()
+        compare.assert_bitwise(y, layer(value), "y")
+        assert not torch.equal(y, bias)
+
+
+@pytest.mark.parametrize("kind", ["nf4", "nf4-single", "int8"])
+def test_moving_between_devices_keeps_the_weight(cuda, kind):
+    linear = torch.nn.Linear(341, 7, dtype=BF16)
+    if kind == "int8":
+        layer = fastpeft.Linear8bit.from_linear(linear, threshold=None)
+    else:
+        layer = fastpeft.Linear4bit.from_linear(linear, double_quant=kind == "nf4")
+    here = layer.dequantize(torch.float32)
+    there = layer.to("cuda").dequantize(torch.float32)
+    compare.assert_bitwise(there.cpu(), here, kind)
+
+
+@pytest.mark.parametrize("kind", ["nf4", "nf4-single", "int8"])
+@pytest.mark.parametrize("shape", [(64, 128), (7, 341), (300, 576)], ids=str)
+def test_quantising_on_the_gpu_gives_the_cpu_codes(cuda, kind, shape):
+    W = torch.randn(shape)
+    W[0] = 0.0  # a block of zeros
+    fmt = "int8" if kind == "int8" else "nf4"
+    more = {} if kind == "int8" else {"double_quant": kind == "nf4"}
+    here = fastpeft.quantize_tensor(W, fmt, **more).canonical()
+    there = fastpeft.quantize_tensor(W.cuda(), fmt, **more).canonical()
+    assert set(here) == set(there)
+    for name, value in here.items():
+        if "quant_state" in name:
+            continue  # JSON: compared as text below
+        compare.assert_bitwise(there[name].cpu(), value, name)
+    text = [n for n in here if "quant_state" in n]
+    assert all(bytes(here[n].tolist()) == bytes(there[n].cpu().tolist()) for n in text)
