@@ -1,7 +1,7 @@
 """The command line. The only part of the package that prints.
 
-A command is one module with a function `command`; COMMANDS lists them. Errors leave as two lines, what
-and what to do, and as an exit code: 0 done, 1 the work failed, 2 the input was wrong.
+A command is one module with a function `command`; COMMANDS lists them. Errors leave as two lines,
+what and what to do, and as an exit code: 0 done, 1 the work failed, 2 the input was wrong.
 """
 
 from __future__ import annotations

@@ -89,7 +89,7 @@ def _sizes(headers: dict[str, tuple[str, list[int], int]]) -> dict[str, Any]:
 
 
 def look_adapter(folder: Path) -> dict[str, Any]:
-    """Facts of an adapter folder: config, ranks {rank: modules}, targets {module: count}, sizes, problems."""
+    """Facts of an adapter folder: config, ranks {rank: modules}, targets {module: count}, ..."""
     from fastpeft import io
 
     problems: list[str] = []

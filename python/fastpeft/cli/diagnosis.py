@@ -65,7 +65,7 @@ def _library_facts(has_torch: bool) -> dict[str, Any]:
 
 
 def driver_gpus() -> list[tuple[str, str, str]]:
-    """(name, driver version, compute capability) of each GPU that the driver shows, torch or not."""
+    """(name, driver version, compute capability) of each GPU that the driver shows."""
     tool = shutil.which("nvidia-smi")
     if tool is None:
         return []

@@ -1,4 +1,4 @@
-"""`fastpeft doctor`: what is built, for which machine, what is wrong, and the one command that mends it."""
+"""`fastpeft doctor`: what is built, what is wrong, and the one command that mends it."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ def _rows(facts: dict[str, Any]) -> list[tuple[str, str]]:
 def command(
     json_output: Annotated[bool, typer.Option("--json", help="Facts as JSON.")] = False,
 ) -> None:
-    """Show what is built and what is wrong, with the command that mends it; exit code 1 if broken."""
+    """Show what is built and what is wrong, with the command that mends it."""
     facts = diagnose()
     if json_output:
         as_json(facts)

@@ -14,7 +14,7 @@ TRACEBACK = "FASTPEFT_TRACEBACK"
 
 
 def split_message(text: str) -> tuple[str, str]:
-    """A message of `fastpeft.errors.refuse` -> what is wrong, what to do ("" when it has no second part)."""
+    """Message of `fastpeft.errors.refuse` -> what is wrong, what to do ("" if it says nothing)."""
     text = " ".join(text.split())
     found = re.search(r", expected .*?[^.\s]\. (?=\S)", text) or re.search(r"\. (?=[A-Z])", text)
     return (text[: found.end()].rstrip(". "), text[found.end() :]) if found else (text, "")
@@ -52,7 +52,7 @@ def explain(error: BaseException) -> tuple[str, str, int]:
 
 
 def report(error: BaseException) -> int:
-    """Prints the two lines (after the traceback, if FASTPEFT_TRACEBACK is set); returns the exit code."""
+    """Prints the two lines (if FASTPEFT_TRACEBACK is set, the traceback first); returns code."""
     if isinstance(error, SystemExit):
         return error.code if isinstance(error.code, int) else FAILED
     if os.environ.get(TRACEBACK):

@@ -1,4 +1,4 @@
-"""`fastpeft evaluate`: does a run's folder, opened by a fresh process, still give the loss it claims?"""
+"""`fastpeft evaluate`: does a run's folder, opened by a fresh process, give the loss it claims?"""
 
 from __future__ import annotations
 

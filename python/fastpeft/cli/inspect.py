@@ -33,7 +33,7 @@ def command(
     path: Annotated[Path, typer.Argument(help="Folder of an adapter, a checkpoint or a run.")],
     json_output: Annotated[bool, typer.Option("--json", help="Facts as JSON.")] = False,
 ) -> None:
-    """Show method, ranks, targets, bytes and problems of a folder; exit code 1 if it has problems."""
+    """Show method, ranks, targets, bytes and problems of a folder."""
     from .contents import look
 
     if not path.is_dir():

@@ -14,7 +14,7 @@ from .show import as_bytes, as_seconds
 
 
 def values_text(values: dict[str, float]) -> str:
-    """{"loss": 3.21, "tokens_per_s": 120.0, "memory_bytes": 2**30} -> "loss 3.2100, 120 tokens/s, 1.00 GiB"."""
+    """{"loss": 3.21, "tokens_per_s": 120.0, ...} -> "loss 3.2100, 120 tokens/s, 1.00 GiB"."""
     parts = []
     if "loss" in values:
         parts.append(f"loss {values['loss']:.4f}")

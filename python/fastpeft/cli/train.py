@@ -11,6 +11,8 @@ from fastpeft.errors import ConfigError, refuse
 
 from .show import as_bytes, as_json, as_seconds, table
 
+WRITTEN = ("adapter/", "metrics.jsonl", "loss.png", "recipe.yaml", "summary.json")
+
 
 def parse_settings(settings: list[str]) -> dict[str, Any]:
     """["warmup_steps=4"] -> {"warmup_steps": 4}; values are YAML.

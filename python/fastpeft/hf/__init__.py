@@ -1,4 +1,4 @@
-"""Bridges to transformers. Importing this package imports none of it; the names are loaded on use."""
+"""Bridges to transformers. Importing this package imports none of it: names are loaded on use."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A Trainer callback that turns steps into rows and progress, and stops a run that has gone wrong."""
+"""A Trainer callback that turns steps into rows, and stops a run that has gone wrong."""
 
 from __future__ import annotations
 
@@ -56,7 +56,7 @@ class StepCallback(TrainerCallback):
     def on_log(
         self, args: Any, state: Any, control: Any, logs: dict[str, Any] | None = None, **kwargs: Any
     ) -> None:
-        """Passes a step's values on. The Trainer has read the loss by now, so the GPU has finished too.
+        """Passes a step's values on. The Trainer has read the loss by now: the GPU has finished.
 
         Raises:
             StateError: the loss is not finite.

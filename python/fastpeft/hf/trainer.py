@@ -1,4 +1,4 @@
-"""transformers' Trainer for a model whose base is frozen: what it saves is the adapter, never the base."""
+"""transformers' Trainer over a frozen base: what it saves is the adapter, never the base."""
 
 from __future__ import annotations
 
@@ -17,15 +17,15 @@ from fastpeft.io import load_adapter, save_adapter
 class AdapterTrainer(Trainer):
     """A Trainer whose checkpoints hold an adapter folder and the Trainer's own state.
 
-    Every other argument is the Trainer's. A plain Trainer works as well, but each of its checkpoints
-    holds the whole base again.
+    Every other argument is the Trainer's. A plain Trainer works as well, but each of its
+    checkpoints holds the whole base again.
 
     Args:
         adapter_name: which of the model's adapters is trained and saved.
-        in_order: take the samples in the dataset's order instead of shuffling them; the dataset then
-            decides the order of the whole run, and a resumed one continues it exactly.
-        lora_plus_ratio: how many times faster lora_B learns than lora_A (Hayou et al. 2024, "LoRA+");
-            None: one rate. The optimizer is then AdamW.
+        in_order: take the samples in the dataset's order instead of shuffling them; the dataset
+            then decides the order of the whole run, and a resumed one continues it exactly.
+        lora_plus_ratio: how many times faster lora_B learns than lora_A (Hayou et al. 2024,
+            "LoRA+"); None: one rate. The optimizer is then AdamW.
     """
 
     def __init__(

@@ -1,7 +1,7 @@
-"""Recipe -> data -> Trainer -> report: fine-tuning as one call. Prints nothing; `fastpeft.cli` does.
+"""Recipe -> data -> Trainer -> report: fine-tuning as one call. Prints nothing; the cli does.
 
-    from fastpeft.train import Recipe, train
-    summary = train(Recipe(model="smollm2", data=["kjv:*,-Ruth"], heldout=["kjv:Ruth"]), "runs/ruth")
+    from fastpeft.train import resolve, train
+    summary = train(resolve({"model": "smollm2", "data": ["poems.txt"], "steps": 40}), "runs/poems")
 
 transformers, accelerate and matplotlib are imported only when a run starts.
 """

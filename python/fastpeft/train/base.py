@@ -29,8 +29,13 @@ def cache_folder() -> Path:
 
 
 def quiet_libraries() -> None:
-    """Stops progress bars and advice of transformers: the run has one bar of its own."""
+    """Stops progress bars and advice of the libraries: the run has one bar of its own."""
+    import logging
+
     import transformers
+
+    # The Trainer imports it where it is installed, and it then asks for a package nobody needs here.
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
 
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
@@ -97,7 +102,7 @@ def model_folder(name: str) -> Path:
 
 
 def pick_device(name: str) -> torch.device:
-    """ "auto" -> the GPU if torch sees one, else the CPU. CUDA_VISIBLE_DEVICES chooses among several.
+    """The GPU if torch sees one, else the CPU, for "auto"; CUDA_VISIBLE_DEVICES chooses among GPUs.
 
     Raises:
         ConfigError: another word, or CUDA asked where torch has none.
@@ -136,10 +141,10 @@ def _matmul_seconds(dtype: torch.dtype) -> float:
 def pick_dtype(name: str, device: torch.device) -> torch.dtype:
     """The dtype that "auto" means on this machine; other names mean themselves.
 
-    On the CPU it is measured (milliseconds), as no instruction set tells it: with AMX tiles bfloat16
-    is several times faster than float32; with AVX-512 BF16 alone it was seen at half its speed
-    (167 against 313 GFLOP/s, two Sapphire-Rapids-class cores without AMX). float32 on a tie: a
-    bfloat16 CPU run must win clearly to be worth its rounding.
+    On the CPU it is measured (milliseconds), as no instruction set tells it: with AMX tiles
+    bfloat16 is several times faster than float32; with AVX-512 BF16 alone it was seen at half the
+    speed (167 against 313 GFLOP/s, two Xeon cores without AMX). float32 on a tie: bfloat16 must
+    win clearly to be worth its rounding.
     """
     if name != "auto":
         return getattr(torch, name)

@@ -43,7 +43,7 @@ def tokenize(documents: Iterable[Document], tokenizer: PreTrainedTokenizerBase) 
             text = tokenizer.apply_chat_template(document.messages, tokenize=False)
         else:
             text = document.text or ""
-        # verbose=False: the tokenizer warns about texts beyond the model's length; they are cut below.
+        # verbose=False: no warning about texts beyond the model's length; they are cut later.
         ids += tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
         if tokenizer.eos_token_id is not None:
             ids.append(tokenizer.eos_token_id)
@@ -87,10 +87,10 @@ def hold_out(blocks: Tensor, fraction: float) -> tuple[Tensor, Tensor]:
 
 
 class BlockSequence(Dataset):
-    """The whole run's samples in their final order: epoch after epoch, each a permutation of the blocks.
+    """The whole run's samples in their final order: epoch after epoch, each a permutation.
 
-    Made once from the seed, so that a resumed run continues in the middle of the same sequence without
-    any sampler state.
+    Made once from the seed, so that a resumed run continues in the middle of the same sequence
+    without any sampler state.
 
     Args:
         blocks: int64 [B, L].

@@ -12,8 +12,8 @@ from ..errors import ConfigError, refuse
 
 
 def windows(tokens: Tensor, seq_len: int) -> list[tuple[Tensor, Tensor]]:
-    """Pairs (input, target) of at most seq_len tokens; neighbours share one token, so that each token
-    but the first is a target once.
+    """Pairs (input, target) of at most seq_len tokens; neighbours share one token, so that each
+    token but the first is a target once.
 
     Args:
         tokens: int64 [T], T >= 2.

@@ -1,4 +1,4 @@
-"""metrics.jsonl: one JSON row per event, flushed at once, so that a killed run loses nothing but its last line."""
+"""metrics.jsonl: one JSON row per event, flushed at once: a kill costs at most the last line."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""loss.png: training loss of every step, its running mean, and the held-out loss before and after."""
+"""loss.png: training loss of every step, its running mean, held-out loss before and after."""
 
 from __future__ import annotations
 

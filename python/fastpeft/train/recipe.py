@@ -1,4 +1,4 @@
-"""A training run as data: one flat dataclass, read from YAML and flags, written whole beside its results."""
+"""A training run as data: one flat dataclass, read from YAML and flags, written beside results."""
 
 from __future__ import annotations
 
@@ -33,9 +33,9 @@ class Recipe:
         format, blocksize, double_quant, threshold: the frozen base; "none" leaves it dense.
             threshold is int8's: 0 plain, > 0 LLM.int8(), null weight only.
         method, r, lora_alpha, lora_dropout, target_modules, use_rslora: the adapter.
-        steps: optimizer steps; tokens, if set, gives it instead: tokens / tokens of a step, rounded up.
+        steps: optimizer steps; or tokens: as many steps as see that many, rounded up.
         batch_size, grad_accumulation, seq_len: a step sees the product of the three in tokens.
-        lr, lora_plus_ratio, weight_decay, warmup_steps, scheduler, max_grad_norm: the optimizer, AdamW.
+        lr, lora_plus_ratio, weight_decay, warmup_steps, scheduler, max_grad_norm: of AdamW.
         dtype: of activations and of what is not quantised; "auto": bfloat16 on CUDA, on the CPU
             whichever of float32 and bfloat16 multiplies faster there. A written recipe says which.
         device: "auto", "cpu" or "cuda".
@@ -84,7 +84,7 @@ _TYPES = typing.get_type_hints(Recipe)
 
 
 def _coerce(name: str, value: Any) -> Any:
-    """`value` as the type of the field `name`. YAML reads 2e-4 as text, so numbers may be strings."""
+    """`value` as the type of the field `name`. YAML reads 2e-4 as text: numbers may be strings."""
     wanted = _TYPES[name]
     options = typing.get_args(wanted) if isinstance(wanted, types.UnionType) else (wanted,)
     if value is None and type(None) in options:
@@ -211,10 +211,10 @@ def check(recipe: Recipe) -> None:
 
 
 def resolve(*layers: dict[str, Any]) -> Recipe:
-    """A checked recipe out of layers of entries; later layers win, None in a layer means "not given".
+    """A checked recipe out of layers of entries; later layers win, None means "not given".
 
-    `tokens` becomes `steps` here, so that a written recipe says what was run. A layer that gives one
-    of the two overrides the other one of earlier layers.
+    `tokens` becomes `steps` here, so that a written recipe says what was run. A layer that gives
+    one of the two overrides the other one of earlier layers.
 
     Raises:
         ConfigError: unknown entry (with near names), wrong type, impossible value.

@@ -10,7 +10,7 @@ class Reporter:
         """A phase of `total` units begins (steps, blocks); `done` of them are behind already."""
 
     def advance(self, units: int = 1, **values: float) -> None:
-        """`units` more are done; values are shown beside the bar: loss, tokens_per_s, memory_bytes."""
+        """`units` more are done; values are shown: loss, tokens_per_s, memory_bytes."""
 
     def note(self, text: str) -> None:
         """One line that stays on the screen."""

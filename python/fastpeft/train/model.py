@@ -1,0 +1,130 @@
+"""The model of a run: the frozen base as its recipe wants it, the adapter, the texts as tokens."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from ..errors import ConfigError, refuse
+from .base import load_base, model_folder, pick_device, quiet_libraries
+from .blocks import cut, hold_out, tokenize
+from .recipe import Recipe, load_recipe, resolve
+from .sources import read
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+ADAPTER = "default"
+
+
+def memory_bytes(device: torch.device) -> int:
+    """Peak memory so far: allocated on the GPU, or resident in this process."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    import resource
+
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024  # macOS counts bytes, Linux KiB
+
+
+def module_bytes(module: torch.nn.Module) -> int:
+    """Bytes of all parameters and buffers, tied ones once."""
+    tensors = [*module.parameters(), *module.buffers()]
+    return sum({id(t): t.numel() * t.element_size() for t in tensors}.values())
+
+
+def frozen_base(
+    recipe: Recipe, device: torch.device
+) -> tuple[PreTrainedModel, PreTrainedTokenizerBase, dict[str, Any]]:
+    """The base as a recipe wants it: loaded, quantised, on its device, in evaluation mode.
+
+    Args:
+        recipe: with a resolved dtype.
+        device: where it ends.
+
+    Returns:
+        model, tokenizer, facts: parameters, dense_bytes (the model in 16 bits), base_bytes and, if
+        quantised, layer_dense_bytes and layer_bytes (of the quantised layers, 16 bits and now).
+    """
+    import fastpeft
+
+    model, tokenizer = load_base(model_folder(recipe.model), getattr(torch, recipe.dtype))
+    model.config.use_cache = False
+    parameters = sum(p.numel() for p in model.parameters())
+    facts: dict[str, Any] = {"parameters": parameters, "dense_bytes": 2 * parameters}
+    if device.type == "cuda" and 1.2 * module_bytes(model) < torch.cuda.mem_get_info()[0]:
+        model.to(device)  # quantising there is faster; a model that does not fit dense goes later
+    if recipe.format != "none":
+        options = {"blocksize": recipe.blocksize, "double_quant": recipe.double_quant}
+        if recipe.format == "int8":
+            options = {"threshold": recipe.threshold}
+        report = fastpeft.quantize(model, recipe.format, **options)
+        layers = [model.get_submodule(name) for name in report.converted]
+        weights = sum(layer.in_features * layer.out_features for layer in layers)
+        facts["layer_dense_bytes"] = 2 * weights
+        facts["layer_bytes"] = sum(module_bytes(layer) for layer in layers)
+    model.to(device).eval()
+    facts["base_bytes"] = module_bytes(model)
+    return model, tokenizer, facts
+
+
+def adapter_config(recipe: Recipe) -> Any:
+    """The configuration object of the recipe's method."""
+    import fastpeft
+
+    alpha = recipe.lora_alpha
+    return fastpeft.LoRA(
+        r=recipe.r,
+        lora_alpha=int(alpha) if float(alpha).is_integer() else alpha,
+        lora_dropout=recipe.lora_dropout,
+        target_modules=recipe.target_modules,
+        use_rslora=recipe.use_rslora,
+        task_type="CAUSAL_LM",
+        base_model_name_or_path=recipe.model,
+    )
+
+
+def texts(recipe: Recipe, tokenizer: PreTrainedTokenizerBase) -> tuple[Tensor, Tensor]:
+    """Training blocks [B, seq_len] and held-out tokens [T] of a recipe."""
+    data = [document for source in recipe.data for document in read(source)]
+    blocks = cut(tokenize(data, tokenizer), recipe.seq_len)
+    if not recipe.heldout:
+        return hold_out(blocks, recipe.heldout_fraction)
+    held = [document for source in recipe.heldout for document in read(source)]
+    return blocks, tokenize(held, tokenizer)
+
+
+def open_run(
+    run: str | Path, device: str = "auto"
+) -> tuple[PreTrainedModel, PreTrainedTokenizerBase, Recipe]:
+    """The model of a run: its base, quantised again, with the saved adapter.
+
+    Args:
+        run: folder with recipe.yaml and adapter/.
+        device: "auto", "cpu" or "cuda".
+
+    Raises:
+        ConfigError: no run there, or one without an adapter yet.
+    """
+    import fastpeft
+
+    run = Path(run)
+    for name in ("recipe.yaml", "adapter/adapter_config.json"):
+        if not (run / name).is_file():
+            raise refuse(
+                ConfigError,
+                "run",
+                f"{run} without {name}",
+                "the folder of a finished run",
+                "Correct the path, or finish it with: fastpeft train --resume --output PATH",
+            )
+    recipe = resolve(load_recipe(run / "recipe.yaml"))
+    quiet_libraries()
+    model, tokenizer, _ = frozen_base(recipe, pick_device(device))
+    fastpeft.load_adapter(model, run / "adapter", name=ADAPTER)
+    model.eval()
+    return model, tokenizer, recipe
