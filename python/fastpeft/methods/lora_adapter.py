@@ -62,6 +62,7 @@ class LoRAAdapter(nn.Module):
             )
         self.r, self.lora_alpha, self.use_rslora = r, lora_alpha, use_rslora
         self.lora_dropout = float(lora_dropout)
+        device = torch.empty(0).device if device is None else device  # skip_init takes no None
         skip = nn.utils.skip_init
         self.lora_A = skip(nn.Linear, in_features, r, bias=False, device=device, dtype=dtype)
         self.lora_B = skip(nn.Linear, r, out_features, bias=lora_bias, device=device, dtype=dtype)
