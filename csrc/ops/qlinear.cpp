@@ -80,16 +80,18 @@ struct LowRank {
   double scaling;
 };
 
-// One launch; `lora` rides along when given.
-void fused_fwd(const Backend& backend, const WeightArgs& w, DType dtype, const Tensor& x,
-               const OptionalTensor& bias, const std::optional<LowRank>& lora, const Tensor& y) {
+// One launch; `lora` rides along when the plan says so.
+void fused_fwd(const Backend& backend, const WeightArgs& w, const Plan& plan, DType dtype,
+               const Tensor& x, const OptionalTensor& bias, const std::optional<LowRank>& lora,
+               const Tensor& y) {
   QLinearFwdParams p;
   p.w = w.view;
   p.M = x.size(0);
   p.dtype = dtype;
   p.x = x.data_ptr();
   p.bias = bias ? bias->data_ptr() : nullptr;
-  if (lora) {
+  p.tile_tokens = plan.tile_tokens;
+  if (lora && plan.fuses_lora) {
     p.R = lora->s.size(1);
     p.s = lora->s.data_ptr();
     p.lora_b = lora->b.data_ptr();
@@ -130,7 +132,7 @@ bool base_fwd(const Backend& backend, const WeightArgs& w, DType dtype, double t
   switch (plan.kernel) {
     case KernelId::kFused:
     case KernelId::kWgmma:
-      fused_fwd(backend, w, dtype, x, bias, plan.fuses_lora ? lora : std::nullopt, y);
+      fused_fwd(backend, w, plan, dtype, x, bias, lora, y);
       return plan.fuses_lora;
     case KernelId::kPanels:
       panels_fwd(backend, w, dtype, plan.panel_rows, x, bias, y);
@@ -226,6 +228,7 @@ Tensor qlinear_dgrad(const Tensor& dy, const Tensor& codes, const OptionalTensor
     p.M = M;
     p.dtype = dtype;
     p.dy = rows.data_ptr();
+    p.tile_tokens = plan.tile_tokens;
     if (fuses_ds) {
       p.R = R;
       p.ds = low_rank->data_ptr();
