@@ -29,7 +29,7 @@ def open_model(
         )
     place = pick_device(device)
     kind = str(pick_dtype(dtype, place)).removeprefix("torch.")
-    model, tokenizer, _ = frozen_base(Recipe(model=path, format=format, dtype=kind), place)
+    model, tokenizer = frozen_base(Recipe(model=path, format=format, dtype=kind), place)
     if adapter is not None:
         import fastpeft
 

@@ -35,17 +35,18 @@ def parse_settings(settings: list[str]) -> dict[str, Any]:
 
 def summary_rows(summary: dict[str, Any]) -> list[tuple[str, str]]:
     """A run's summary for people."""
-    held = summary["heldout"]
-    fall = summary["loss_before"] - summary["loss_after"]
     total = summary["parameters"] + summary["trainable"]
-    return [
+    fall = summary["loss_before"] - summary["loss_after"]
+    held = f"{summary['heldout']}, {summary['heldout_tokens']} tokens"
+    rows = [
         ("model", f"{summary['model']}, {summary['format']}, {summary['dtype']}"),
         ("device", summary["device"]),
-        (
-            "held-out text",
-            f"{', '.join(held) if isinstance(held, list) else held}, "
-            f"{summary['heldout_tokens']} tokens, never trained on",
-        ),
+        ("trained on", summary["data"]),
+        ("held-out text", held),
+    ]
+    if summary["loss_dense"] is not None:
+        rows.append(("held-out loss, dense base", f"{summary['loss_dense']:.4f} nats a token"))
+    rows += [
         ("held-out loss before", f"{summary['loss_before']:.4f} nats a token"),
         ("held-out loss after", f"{summary['loss_after']:.4f} nats a token ({-fall:+.4f})"),
         (
@@ -54,17 +55,11 @@ def summary_rows(summary: dict[str, Any]) -> list[tuple[str, str]]:
         ),
         ("base, dense, 16 bits", as_bytes(summary["dense_bytes"])),
         ("base in memory", f"{as_bytes(summary['base_bytes'])} ({summary['format']})"),
-        *(
-            [
-                (
-                    "its quantised layers",
-                    f"{as_bytes(summary['layer_dense_bytes'])} in 16 bits -> "
-                    f"{as_bytes(summary['layer_bytes'])}",
-                )
-            ]
-            if summary.get("layer_bytes")
-            else []
-        ),
+    ]
+    if "layer_bytes" in summary:
+        before, now = as_bytes(summary["layer_dense_bytes"]), as_bytes(summary["layer_bytes"])
+        rows.append(("of it, quantised layers", f"{before} in 16 bits -> {now}"))
+    return rows + [
         ("training", f"{summary['steps']} steps, {summary['tokens']:,} tokens"),
         ("training speed", f"{summary['tokens_per_s']:.1f} tokens/s"),
         ("training time", as_seconds(summary["train_seconds"])),

@@ -34,7 +34,7 @@ def quiet_libraries() -> None:
 
     import transformers
 
-    # The Trainer imports it where it is installed, and it then asks for a package nobody needs here.
+    # The Trainer imports it where it is installed; it then asks for a package nobody needs here.
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
 
     transformers.logging.set_verbosity_error()

