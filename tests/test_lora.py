@@ -1,4 +1,4 @@
-"""LoRALinear and QLoRALinear: the formula, several adapters, switching, merging, copies; options."""
+"""LoRALinear and QLoRALinear: formula, several adapters, switching, merging, copies; options."""
 
 from __future__ import annotations
 
@@ -54,9 +54,9 @@ def close(y, exact, steps=1.0) -> None:
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("lora_dtype", [torch.float32, torch.bfloat16])
-def test_formula(base, dtype, lora_dtype):
-    layer = wrapped(base, lora_alpha=6, dtype=lora_dtype)
-    x = torch.randn(2, 5, K, dtype=dtype)
+def test_formula(base, dtype, lora_dtype, device):
+    layer = wrapped(base, lora_alpha=6, dtype=lora_dtype).to(device)
+    x = torch.randn(2, 5, K, dtype=dtype, device=device)
     y = layer(x)
     assert y.dtype == dtype and y.shape == (2, 5, N)
     close(y, formula(layer, x, ["default"]))
@@ -222,11 +222,11 @@ def test_dense_base_of_another_dtype():
     assert layer(x).dtype == torch.float32
 
 
-def test_merge_and_unmerge(base):
-    layer = wrapped(base, lora_alpha=6, name="a").eval()
+def test_merge_and_unmerge(base, device):
+    layer = wrapped(base, lora_alpha=6, name="a").eval().to(device)
     layer.add_adapter("b", r=2, init_lora_weights=False)
     before = {k: v.clone() for k, v in layer.state_dict().items()}
-    x = torch.randn(5, K)
+    x = torch.randn(5, K, device=device)
     y, sum_of_both = layer(x), formula(layer, x, ["a", "b"])
     assert layer.merge("a") < 1e-6
     assert layer.merged == ("a",) and isinstance(layer.base_layer, nn.Linear)

@@ -133,6 +133,19 @@ def test_state_dict_round_trip(layer):
         assert torch.equal(t, other.state_dict()[name]), name
 
 
+def test_files_travel_between_devices(layer, device):
+    moved = copy.deepcopy(layer).to(device)
+    assert {t.device.type for t in [*buffers(moved), moved.bias]} == {device}
+    assert torch.equal(moved.dequantize().cpu(), layer.dequantize())
+    assert moved(x_for(layer).to(device)).device.type == device
+    for name, t in moved.state_dict().items():
+        assert t.device.type == device and torch.equal(t.cpu(), layer.state_dict()[name]), name
+    for source, target in ((moved, blank_like(layer)), (layer, blank_like(layer, device))):
+        where = target.codes.device
+        target.load_state_dict(source.state_dict())
+        assert target.codes.device == where and same_buffers(target.cpu(), layer)
+
+
 def test_state_dict_names():
     prefix = "weight.quant_state.bitsandbytes__nf4"
     nested = {"weight.nested_absmax", "weight.nested_quant_map"}
@@ -349,6 +362,16 @@ def test_compiled_sizes_may_change():
     for rows in (3, 5, 8):
         x = torch.randn(rows, K)
         assert torch.equal(fast(x), layer(x))
+
+
+def test_meta_input_gives_meta_output():
+    """Shapes without memory, as tools that plan memory ask for them."""
+    layer = fastpeft.QLoRALinear(K, N, device="meta")
+    x = torch.empty(2, 5, K, device="meta", dtype=torch.bfloat16, requires_grad=True)
+    y = layer(x)
+    assert y.is_meta and y.shape == (2, 5, N) and y.dtype == torch.bfloat16
+    y.sum().backward()
+    assert x.grad.shape == x.shape and layer.lora_A.weight.grad.shape == (8, K)
 
 
 def test_repr_tells_format_and_bytes():

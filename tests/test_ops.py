@@ -100,9 +100,10 @@ def test_no_operator_without_a_sample():
 
 
 @pytest.mark.parametrize("name", names())
-def test_opcheck(name):
+def test_opcheck(name, device):
     for args in samples()[name]:
-        opcheck(getattr(torch.ops.fastpeft, name).default, args)
+        moved = tuple(a.to(device) if isinstance(a, torch.Tensor) else a for a in args)
+        opcheck(getattr(torch.ops.fastpeft, name).default, moved)
 
 
 def double(*shape) -> torch.Tensor:
@@ -148,6 +149,13 @@ def test_dropout_gradient_is_the_same_mask():
     assert torch.equal(y[kept], (x / 0.6)[kept].detach()) or torch.allclose(y[kept], x[kept] / 0.6)
     y.sum().backward()
     assert torch.equal(x.grad != 0, kept)
+
+
+def test_dropout_is_the_same_on_every_device(device):
+    x, seed = torch.randn(7, 333), torch.tensor([2**40 + 3])
+    for dtype in (torch.float32, torch.bfloat16):
+        here = dropout(x.to(dtype), 0.3, seed)
+        assert torch.equal(dropout(x.to(device, dtype), 0.3, seed.to(device)).cpu(), here)
 
 
 def test_dropout_follows_the_seed_and_torch_generator():
@@ -223,13 +231,13 @@ def test_second_derivative_is_refused():
         dx.sum().backward()
 
 
-def test_repeats_bit_for_bit():
-    q, x = packed("nf4"), torch.randn(65, K)
+def test_repeats_bit_for_bit(device):
+    q, x = packed("nf4").to(device), torch.randn(65, K)
     A, B = torch.randn(R, K), torch.randn(N, R)
 
     def run():
-        t = [v.clone().requires_grad_(True) for v in (x, A, B)]
-        y = qlinear(t[0], q, None, t[1], t[2], dropout_p=0.1, seed=SEED)
+        t = [v.to(device, copy=True).requires_grad_(True) for v in (x, A, B)]
+        y = qlinear(t[0], q, None, t[1], t[2], dropout_p=0.1, seed=SEED.to(device))
         y.square().sum().backward()
         return [y, *(v.grad for v in t)]
 
@@ -251,9 +259,10 @@ def compiled_like_eager(f, leaves, backend):
 
 
 @pytest.mark.parametrize("format", ["dense", "nf4", "int8"])
-def test_compiles_fullgraph(format):
-    w = torch.randn(N, K) if format == "dense" else packed(format)
-    leaves = [torch.randn(2, M, K), torch.randn(N), torch.randn(R, K), torch.randn(N, R)]
+def test_compiles_fullgraph(format, device):
+    w = torch.randn(N, K).to(device) if format == "dense" else packed(format).to(device)
+    sizes = ((2, M, K), (N,), (R, K), (N, R))
+    leaves = [torch.randn(size, device=device) for size in sizes]
 
     def f(x, bias, A, B):
         return qlinear(x, w, bias, A, B, 0.5, dropout_p=0.2)

@@ -143,6 +143,27 @@ def test_other_storage_dtype_holds_the_same_bytes():
         assert torch.equal(QuantizedTensor.from_canonical(retyped).codes, plain.codes)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("format, double_quant", [("nf4", False), ("nf4", True), ("int8", False)])
+@pytest.mark.parametrize("shape", [(64, 1024), (7, 341), (130, 192)])
+def test_every_device_makes_the_same_tensor(device, shape, format, double_quant, dtype):
+    """The mean of the scales is torch's own and may differ in its last bits between devices, and a
+    nested scale with it; everything else is equal bit for bit.
+    """
+    W = torch.randn(shape).to(dtype)
+    here = quantize_tensor(W, format, 64, double_quant)
+    there = quantize_tensor(W.to(device), format, 64, double_quant)
+    assert there.device.type == device
+    file = {name: t.cpu() for name, t in there.canonical().items()}
+    if device == "cpu" or not double_quant:
+        assert_same(file, here.canonical())
+    assert torch.equal(there.codes.cpu(), here.codes)
+    moved = QuantizedTensor.from_canonical(here.canonical(), device=device)
+    assert_same({n: t.cpu() for n, t in moved.canonical().items()}, here.canonical())
+    for out in (torch.float32, torch.bfloat16, torch.float16):
+        assert torch.equal(moved.dequantize(out).cpu(), here.dequantize(out))
+
+
 def test_nbytes_and_move():
     q = quantize_tensor(torch.randn(256, 1024))
     assert q.nbytes == 256 * 1024 // 2 + 256 * 1024 // 64 + 4 * (257 + 16)

@@ -61,7 +61,7 @@ class LoRAAdapter(nn.Module):
                 stacklevel=2,
             )
         self.r, self.lora_alpha, self.use_rslora = r, lora_alpha, use_rslora
-        self.lora_dropout = float(lora_dropout)
+        self.lora_dropout, self.lora_bias = float(lora_dropout), lora_bias
         device = torch.empty(0).device if device is None else device  # skip_init takes no None
         skip = nn.utils.skip_init
         self.lora_A = skip(nn.Linear, in_features, r, bias=False, device=device, dtype=dtype)
@@ -91,7 +91,7 @@ class LoRAAdapter(nn.Module):
             nn.init.kaiming_uniform_(self.lora_B.weight, a=math.sqrt(5))
         else:
             nn.init.zeros_(self.lora_B.weight)
-        if self.lora_B.bias is not None:
+        if self.lora_bias:
             nn.init.zeros_(self.lora_B.bias)
 
     def low_rank(self) -> LowRank:

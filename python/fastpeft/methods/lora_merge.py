@@ -60,7 +60,7 @@ def merged_layer(
     bias = None if base.bias is None else base.bias.detach().clone()
     for adapter in adapters:
         exact += adapter.delta().to(wide)
-        if adapter.lora_B.bias is not None:
+        if adapter.lora_bias:
             extra = adapter.lora_B.bias.detach() * adapter.scaling
             bias = extra.to(dtype) if bias is None else (bias + extra).to(bias.dtype)
     if requantize:

@@ -13,8 +13,8 @@ def autocast_input(x: Tensor) -> Tensor:
         x: any shape. float64 and integers are left alone, as torch's own autocast leaves them.
     """
     device = x.device.type
-    if not x.is_floating_point() or x.dtype == torch.float64:
-        return x
     if not torch.amp.is_autocast_available(device) or not torch.is_autocast_enabled(device):
+        return x
+    if not x.is_floating_point() or x.dtype == torch.float64:
         return x
     return x.to(torch.get_autocast_dtype(device))
