@@ -27,6 +27,7 @@ _EXPORTS = {
     "quantize_tensor": "fastpeft.quant.tensor",
     # methods
     "LoRA": "fastpeft.methods.lora",
+    "Bottleneck": "fastpeft.methods.adapter",
     # models
     "quantize": "fastpeft.convert",
     "attach": "fastpeft.attach",
