@@ -15,7 +15,8 @@ from torch.autograd.function import once_differentiable
 
 from .._library import load
 from ..errors import ConfigError, refuse
-from .lora import _without_autocast, wants_grad
+from .autocast import without_autocast
+from .lora import wants_grad
 
 load()
 _ops = torch.ops.fastpeft
@@ -54,7 +55,7 @@ class _Bottleneck(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    @_without_autocast
+    @without_autocast
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
         x, down, down_bias, up, up_bias = ctx.saved_tensors
         needs = ctx.needs_input_grad

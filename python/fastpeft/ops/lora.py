@@ -76,20 +76,6 @@ def lora_wgrad(
     return _ops.lora_wgrad(dy, x, s, A, B, scaling, dropout_p, seed)
 
 
-def _without_autocast(backward: Any) -> Any:
-    """Gradients are computed in the dtypes of the forward pass, also where backward() is called
-    under autocast.
-    """
-
-    def run(ctx: Any, dy: Tensor) -> Any:
-        if torch.is_autocast_enabled(dy.device.type):
-            with torch.autocast(dy.device.type, enabled=False):
-                return backward(ctx, dy)
-        return backward(ctx, dy)
-
-    return run
-
-
 class _Dropout(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, p: float, seed: Tensor) -> Tensor:

@@ -18,7 +18,8 @@ from torch.autograd.function import once_differentiable
 
 from .._library import load
 from ..errors import ConfigError, refuse
-from .lora import LowRank, _without_autocast, draw_seed, lora_wgrad, rows_of, wants_grad
+from .autocast import without_autocast
+from .lora import LowRank, draw_seed, lora_wgrad, rows_of, wants_grad
 
 load()
 _ops = torch.ops.fastpeft
@@ -88,7 +89,7 @@ class _QLinear(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    @_without_autocast
+    @without_autocast
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
         x, s, codes, scales, nested, A, B, seed = ctx.saved_tensors
         format, blocksize, N, K, _, scaling, dropout_p = ctx.options
