@@ -100,28 +100,36 @@ def quantize(
         )
     _refuse_state(model)
     report = QuantizeReport(format, bytes_before=tensor_bytes(model))
+    work = _plan(model, tuple(skip), report)
+    total, show = len(work), _progress(progress)
+    while work:
+        name = _convert(work, format, blocksize, double_quant, threshold)
+        report.converted.append(name)
+        show(len(report.converted), total, name)
+    report.bytes_after = tensor_bytes(model)
+    return report
+
+
+def _plan(model: nn.Module, skip: tuple[str, ...], report: QuantizeReport) -> deque[Place]:
+    """The layers to convert; the report learns what is left and why."""
     work: deque[Place] = deque()
     for place in linear_places(model):
-        why = _reason_to_skip(model, place, tuple(skip))
+        why = _reason_to_skip(model, place, skip)
         if why is None:
             work.append(place)
         else:
             report.skipped[place.name] = why
     _refuse_meta(work)
     _note_others(model, report)
-    total, show = len(work), _progress(progress)
-    while work:
-        place = work.popleft()  # and with it the last reference to the dense layer
-        place.put(_converted(place.module, format, blocksize, double_quant, threshold))
-        report.converted.append(place.name)
-        show(len(report.converted), total, place.name)
-    report.bytes_after = tensor_bytes(model)
-    return report
+    return work
 
 
-def _converted(
-    module: nn.Module, format: str, blocksize: int, double_quant: bool, threshold: float | None
-) -> nn.Module:
+def _convert(
+    work: deque[Place], format: str, blocksize: int, double_quant: bool, threshold: float | None
+) -> str:
+    """Convert the first place of `work`, which leaves it: nothing holds the dense weight then."""
+    place = work.popleft()
+    module = place.module
     dense = _as_linear(module)
     if format == "int8":
         new = Linear8bit.from_linear(dense, threshold=threshold)
@@ -132,7 +140,8 @@ def _converted(
     new.train(module.training)
     for hooks in _HOOKS:
         getattr(new, hooks).update(getattr(module, hooks))
-    return new
+    place.put(new)
+    return place.name
 
 
 def _as_linear(module: nn.Module) -> nn.Linear:

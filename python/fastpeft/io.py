@@ -11,6 +11,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import os
+import warnings
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -157,9 +158,9 @@ def load_adapter(
     tensors = read_tensors(folder, layout, allow_pickle_weights_only)
     label = f"adapter folder '{folder}'"
     try:
-        with torch.random.fork_rng(
-            devices=_gpus(model)
-        ):  # the random start is overwritten: leave no trace of it
+        # The random start is overwritten: leave no trace of it. And the file names what it names.
+        with torch.random.fork_rng(devices=_gpus(model)), warnings.catch_warnings():
+            warnings.filterwarnings("ignore", message="target_modules: ")
             add(model, config, name, trainable)
     except ConfigError as error:
         base = getattr(config, "base_model_name_or_path", None)

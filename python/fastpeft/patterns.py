@@ -202,7 +202,6 @@ def find_targets(model: nn.Module, config: Any) -> list[Place]:
             "nn.Linear, Conv1D, Linear4bit or Linear8bit outside nn.MultiheadAttention",
             "Name other modules in target_modules, or leave this one out by exclude_modules.",
         )
-    _warn_unused(targets, chosen, linear)
     return chosen
 
 
@@ -353,15 +352,13 @@ def _no_match(targets: Any, config: Any, linear: Mapping[str, Place]) -> ConfigE
     )
 
 
-def _warn_unused(targets: Any, chosen: list[Place], linear: Mapping[str, Place]) -> None:
-    """A list of which one name matches nothing is most often a slip; peft lets it pass, so this is
-    no error.
-    """
-    if isinstance(targets, str):
+def warn_unused(model: nn.Module, config: Any, chosen: list[Place]) -> None:
+    """A warning for each name of a list that matches nothing: most often a slip, but peft lets it
+    pass, so it is no error."""
+    if isinstance(config.target_modules, str):
         return
-    for word in targets:
+    for word in config.target_modules:
         if not any(p.name == word or p.name.endswith(f".{word}") for p in chosen):
-            warnings.warn(
-                f"target_modules: '{word}' matches no module. {near_names(word, linear)}",
-                stacklevel=5,
-            )
+            near = near_names(word, (p.name for p in linear_places(model)))
+            message = f"target_modules: '{word}' matches no module. {near}"
+            warnings.warn(message, stacklevel=5)  # the caller of fastpeft.attach

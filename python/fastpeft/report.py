@@ -105,7 +105,8 @@ def memory(model: nn.Module) -> MemoryTable:
     kind that fits.
 
     packed codes: codes of quantised layers. scales: their scales, in float32 or quantised.
-    adapters: all that adapters added. dense: the other parameters. other: the other buffers.
+    adapters: all that adapters added. dense: the other parameters. other: the other buffers, and
+    what a merged model keeps of its base.
     """
     found = MemoryTable(dict.fromkeys(KINDS, 0))
     seen: set[int] = set()
@@ -127,7 +128,7 @@ def memory(model: nn.Module) -> MemoryTable:
         ("scales", scales),
         ("adapters", added),
         ("dense", model.parameters()),
-        ("other", model.buffers()),
+        ("other", _others(model)),
     ):
         found[kind] = _bytes(tensors, seen)
     return found
@@ -151,6 +152,15 @@ def table(rows: Iterable[tuple[str, str]]) -> str:
     rows = list(rows)
     width = max((len(left) for left, _ in rows), default=0)
     return "\n".join(f"{left:<{width}}  {right}" for left, right in rows)
+
+
+def _others(model: nn.Module) -> Iterator[Tensor]:
+    """Buffers, and what merged layers keep for `unmerge` outside the module tree."""
+    yield from model.buffers()
+    for module in model.modules():
+        for kept in getattr(module, "_kept", ()):
+            yield from kept.parameters()
+            yield from kept.buffers()
 
 
 def _all_tensors(model: nn.Module) -> Iterator[Tensor]:

@@ -14,7 +14,16 @@ from typing import Any
 
 from torch import nn
 
-from ..patterns import ALL_LINEAR, Place, default_targets, find_targets, places, target_names
+from ..errors import ConfigError, refuse
+from ..patterns import (
+    ALL_LINEAR,
+    Place,
+    default_targets,
+    find_targets,
+    places,
+    target_names,
+    warn_unused,
+)
 from ..transposed import TransposedLinear, is_conv1d
 from .method import Method
 
@@ -49,9 +58,18 @@ def layer_method(
                 yield place, layer
 
     def attach(model: nn.Module, given: Any, adapter: str) -> Any:
+        if getattr(given, "bias", "none") != "none":
+            raise refuse(
+                ConfigError,
+                "bias",
+                repr(given.bias),
+                "'none', for the base's own biases stay frozen",
+                "Train lora_bias=True, or whole modules by modules_to_save.",
+            )
         if given.target_modules is None:
             given = replace(given, target_modules=default_targets(model))
         chosen = find_targets(model, given)
+        warn_unused(model, given, chosen)
         if given.target_modules == ALL_LINEAR:
             given = replace(given, target_modules=target_names(model, given, chosen))
         if check is not None:
