@@ -20,7 +20,7 @@ _EXPORTS = {
     "Linear4bit": "fastpeft.quant.linear",
     "Linear8bit": "fastpeft.quant.linear",
     "LoRALinear": "fastpeft.methods.lora",
-    "QLoRALinear": "fastpeft.methods.lora",
+    "QLoRALinear": "fastpeft.methods.qlora",
     "LoRAAdapter": "fastpeft.methods.lora",
     # tensors
     "QuantizedTensor": "fastpeft.quant.tensor",

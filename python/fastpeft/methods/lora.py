@@ -22,15 +22,14 @@ from ..ops.autocast import autocast_input
 from ..ops.lora import LowRank
 from ..patterns import pattern_value
 from ..quant.frozen import QuantizedLinear
-from ..quant.linear import Linear4bit, Linear8bit
 from ..transposed import TransposedLinear
 from . import lora_merge
 from .layers import layer_method
 from .lora_adapter import LoRAAdapter
-from .lora_config import LoRA
+from .lora_config import LoRA, check_name
 from .method import register_method
 
-__all__ = ["LoRA", "LoRAAdapter", "LoRALinear", "QLoRALinear"]
+__all__ = ["LoRA", "LoRAAdapter", "LoRALinear"]
 
 
 def _base_linear(base: nn.Module, x: Tensor, lora: LowRank | None) -> Tensor:
@@ -340,122 +339,6 @@ class LoRALinear(nn.Module):
     def extra_repr(self) -> str:
         """Active and merged adapters."""
         return f"active={list(self._active)}, merged={list(self._merged)}"
-
-
-class QLoRALinear(LoRALinear):
-    """LoRALinear over a base that is quantised here (Dettmers et al. 2023, "QLoRA").
-
-    Args:
-        in_features, out_features, bias, device, dtype: as for nn.Linear.
-        r, lora_alpha, lora_dropout, use_rslora, init_lora_weights, lora_bias: see LoRAAdapter.
-        format: "nf4" or "int8" ("fp4": zeros until a checkpoint is loaded).
-        blocksize, double_quant: see Linear4bit.
-        threshold: see Linear8bit.
-        lora_dtype: of A and B.
-        name: of the adapter, which is active.
-
-    Raises:
-        ConfigError, FormatError: as LoRAAdapter, Linear4bit, Linear8bit.
-    """
-
-    def __init__(
-        self,
-        in_features: int,
-        out_features: int,
-        bias: bool = True,
-        r: int = 8,
-        lora_alpha: float = 16,
-        lora_dropout: float = 0.0,
-        use_rslora: bool = False,
-        init_lora_weights: bool | str = True,
-        lora_bias: bool = False,
-        format: str = "nf4",
-        blocksize: int = 64,
-        double_quant: bool = True,
-        threshold: float | None = 6.0,
-        device: torch.device | str | None = None,
-        dtype: torch.dtype | None = None,
-        lora_dtype: torch.dtype = torch.float32,
-        name: str = "default",
-    ) -> None:
-        base: nn.Module
-        if format == "int8":
-            base = Linear8bit(in_features, out_features, bias, threshold, device, dtype)
-        else:
-            base = Linear4bit(
-                in_features, out_features, bias, format, blocksize, double_quant, device, dtype
-            )
-        super().__init__(base)
-        self.add_adapter(
-            name, r, lora_alpha, lora_dropout, use_rslora, init_lora_weights, lora_bias, lora_dtype
-        )
-        self.set_active((name,))
-
-    @classmethod
-    def from_linear(  # type: ignore[override]
-        cls,
-        linear: nn.Module,
-        r: int = 8,
-        lora_alpha: float = 16,
-        lora_dropout: float = 0.0,
-        use_rslora: bool = False,
-        init_lora_weights: bool | str = True,
-        lora_bias: bool = False,
-        dtype: torch.dtype = torch.float32,
-        name: str = "default",
-        format: str = "nf4",
-        blocksize: int = 64,
-        double_quant: bool = True,
-        threshold: float | None = 6.0,
-    ) -> QLoRALinear:
-        """Quantises an nn.Linear (which stays as it is) and adds one active adapter; dtype is that
-        of A and B.
-
-        Raises:
-            StateError: linear is quantised already; use LoRALinear.from_linear for such a base.
-            ConfigError, FormatError: as LoRAAdapter, Linear4bit, Linear8bit.
-        """
-        base: nn.Module
-        if format == "int8":
-            base = Linear8bit.from_linear(linear, threshold)
-        else:
-            base = Linear4bit.from_linear(linear, blocksize, double_quant, format)
-        return super().from_linear(  # type: ignore[return-value]
-            base,
-            r,
-            lora_alpha,
-            lora_dropout,
-            use_rslora,
-            init_lora_weights,
-            lora_bias,
-            dtype,
-            name,
-        )
-
-
-def check_name(name: object) -> str:
-    """Refuses adapter names that would break module paths or files.
-
-    Raises:
-        AdapterError: no string, empty, with "." or a path separator, or a name nn.ModuleDict needs
-            itself.
-    """
-    bad = (
-        not isinstance(name, str)
-        or not name
-        or any(c in name for c in "./\\\0")
-        or hasattr(nn.ModuleDict, name)
-        or name == "training"
-    )
-    if bad:
-        raise refuse(
-            AdapterError,
-            "name",
-            repr(name),
-            'a non-empty word without ".", "/" and "\\" that is no attribute of nn.ModuleDict',
-            "Names become parts of module paths and folders; take something like 'poems'.",
-        )
-    return name  # type: ignore[return-value]
 
 
 def _add(layer: nn.Module, config: LoRA, name: str, module_name: str) -> LoRALinear:

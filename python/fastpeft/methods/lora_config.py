@@ -6,7 +6,9 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from ..errors import ConfigError, refuse
+from torch import nn
+
+from ..errors import AdapterError, ConfigError, refuse
 
 INIT_MODES = (True, False, "gaussian")
 BIAS_MODES = ("none", "all", "lora_only")
@@ -42,6 +44,31 @@ def check_scale(lora_alpha: object, lora_dropout: object, init_lora_weights: obj
             f"one of {INIT_MODES}",
             "True starts with the base's output.",
         )
+
+
+def check_name(name: object) -> str:
+    """Refuses adapter names that would break module paths or files.
+
+    Raises:
+        AdapterError: no string, empty, with "." or a path separator, or a name nn.ModuleDict needs
+            itself.
+    """
+    bad = (
+        not isinstance(name, str)
+        or not name
+        or any(c in name for c in "./\\\0")
+        or hasattr(nn.ModuleDict, name)
+        or name == "training"
+    )
+    if bad:
+        raise refuse(
+            AdapterError,
+            "name",
+            repr(name),
+            'a non-empty word without ".", "/" and "\\" that is no attribute of nn.ModuleDict',
+            "Names become parts of module paths and folders; take something like 'poems'.",
+        )
+    return name  # type: ignore[return-value]
 
 
 def _is_number(value: object) -> bool:
