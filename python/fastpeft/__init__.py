@@ -27,6 +27,7 @@ _EXPORTS = {
     "quantize_tensor": "fastpeft.quant.tensor",
     # methods
     "LoRA": "fastpeft.methods.lora",
+    "Prefix": "fastpeft.methods.prefix",
     "Bottleneck": "fastpeft.methods.adapter",
     # models
     "quantize": "fastpeft.convert",
