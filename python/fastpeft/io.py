@@ -85,6 +85,11 @@ LAYOUTS: dict[str, Layout] = {
         refused={"init_lora_weights": ("pissa", "olora", "corda", "loftq", "lora_ga")},
         check=diagnose.check_lora_pairs,
     ),
+    "PREFIX_TUNING": Layout(  # the file holds the projected prefix, so it loads without the MLP
+        prefix="",
+        fields={"projection": "prefix_projection"},
+        start={"prefix_projection": False},
+    ),
 }
 
 

@@ -95,14 +95,15 @@ class Place:
 def places(model: nn.Module) -> Iterator[Place]:
     """Every module below `model` once, in registration order, under its plain name.
 
-    Wrappers (class attribute `fastpeft_wraps`) are walked through; what they add is not shown.
+    Wrappers (class attribute `fastpeft_wraps`) are walked through; what they add is not shown, nor
+    is what adapters put beside the model's own modules (class attribute `fastpeft_added`).
     """
     yield from _places_below(model, "", {model})
 
 
 def _places_below(parent: nn.Module, prefix: str, seen: set[nn.Module]) -> Iterator[Place]:
     for attribute, module in list(parent._modules.items()):
-        if module is None or module in seen:
+        if module is None or module in seen or hasattr(type(module), "fastpeft_added"):
             continue
         seen.add(module)
         chain = [(parent, attribute, module)]
