@@ -106,8 +106,7 @@ def look_adapter(folder: Path) -> dict[str, Any]:
         # The loader's own checks, so that "no problem" here means that the files can be loaded.
         try:
             config, method = io.read_config(folder)
-            layout = io.LAYOUTS.get(method.peft_type, io.Layout())
-            io.read_tensors(folder, layout, False)
+            io.read_tensors(folder, method)
             problems += _rank_problems(config, ranks)
         except FastPeftError as error:
             problems.append(str(error))

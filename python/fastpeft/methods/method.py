@@ -14,13 +14,41 @@ which holds what it replaced; `patterns.places` walks through it.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
 from torch import Tensor, nn
 
 from ..errors import ConfigError
+
+
+@dataclass(frozen=True)
+class Files:
+    """The folder format of another library, for a method of which peft knows none.
+
+    Attributes:
+        weights: name of the safetensors file.
+        pickle: name of the pickle that is read only when asked for.
+        recognises: (adapter_config.json) -> whether it is of this format.
+        read_config: (adapter_config.json, label for messages) -> config; AdapterError or
+            ConfigError for what we do not compute.
+        write_config: (model, config, adapter name) -> adapter_config.json.
+        keys: (model, adapter name, adapter_config.json, the file's keys or ()) -> {key in the file:
+            plain name of the parameter it holds}. Two keys may hold the same one.
+        check: (the file's tensors, label for messages) -> None; AdapterError for what a comparison
+            of shapes would not show well.
+        library: who else reads it, for the model card.
+    """
+
+    weights: str
+    pickle: str
+    recognises: Callable[[Mapping[str, Any]], bool]
+    read_config: Callable[[Mapping[str, Any], str], Any]
+    write_config: Callable[[nn.Module, Any, str], dict[str, Any]]
+    keys: Callable[[nn.Module, str, Mapping[str, Any], Iterable[str]], dict[str, str]]
+    check: Callable[[Mapping[str, Tensor], str], None] | None = None
+    library: str = "adapters"
 
 
 @dataclass(frozen=True)
@@ -46,6 +74,7 @@ class Method:
             weight}. Folds the adapter into the base. None: the method is no change of a weight and
             cannot be merged.
         unmerge: (model, adapter name). The base is bit for bit what it was.
+        files: its folder format, if that is not peft's.
     """
 
     name: str
@@ -58,6 +87,7 @@ class Method:
     tensors: Callable[[nn.Module, str], dict[str, Tensor]] | None = None
     merge: Callable[[nn.Module, str, bool], dict[str, float]] | None = None
     unmerge: Callable[[nn.Module, str], None] | None = None
+    files: Files | None = None
 
 
 METHODS: dict[str, Method] = {}
