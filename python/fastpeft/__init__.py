@@ -28,6 +28,8 @@ _EXPORTS = {
     # methods
     "LoRA": "fastpeft.methods.lora",
     "Prefix": "fastpeft.methods.prefix",
+    "Prompt": "fastpeft.methods.prompt",
+    "IA3": "fastpeft.methods.ia3",
     "Bottleneck": "fastpeft.methods.adapter",
     # models
     "quantize": "fastpeft.convert",

@@ -87,8 +87,9 @@ class Place:
             self.chain, self.chain[1:], strict=False
         ):
             if isinstance(module, kind):
-                last = inner is self.chain[-1][2]
-                setattr(parent, attribute, self.module if last else inner)
+                # only another wrapper may keep a TransposedLinear: it cannot do without
+                bare = inner is self.chain[-1][2] and not hasattr(type(parent), "fastpeft_wraps")
+                setattr(parent, attribute, self.module if bare else inner)
                 return
 
 

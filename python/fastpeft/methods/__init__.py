@@ -2,9 +2,21 @@
 
 from . import (
     adapter,  # registers "bottleneck"
+    ia3,  # registers "ia3"
     lora,  # registers "lora"
     prefix,  # registers "prefix"
+    prompt,  # registers "prompt"
 )
 from .method import METHODS, Method, method_of, register_method
 
-__all__ = ["METHODS", "Method", "adapter", "lora", "method_of", "prefix", "register_method"]
+__all__ = [
+    "METHODS",
+    "Method",
+    "adapter",
+    "ia3",
+    "lora",
+    "method_of",
+    "prefix",
+    "prompt",
+    "register_method",
+]

@@ -36,6 +36,7 @@ def layer_method(
     add: Callable[[nn.Module, Any, str, str], nn.Module],
     check: Callable[[nn.Module, Any, str], None] | None = None,
     mergeable: bool = False,
+    outermost: bool = False,
 ) -> Method:
     """A method whose adapters sit in single linear layers.
 
@@ -49,6 +50,8 @@ def layer_method(
         check: (bare layer, config, plain module name); raises if the layer cannot take such an
             adapter.
         mergeable: whether the wrapper has merge and unmerge.
+        outermost: the wrapper goes around all others on the layer, whoever came first; else around
+            the bare layer.
     """
 
     def wrapped(model: nn.Module, adapter: str | None = None) -> Iterator[tuple[Place, Any]]:
@@ -81,10 +84,10 @@ def layer_method(
                 if layer is not None:
                     add(layer, given, adapter, place.name)
                     continue
-                base = place.module
+                parent, attribute, base = place.chain[0 if outermost else -1]
                 if is_conv1d(base):
                     base = TransposedLinear(base)
-                place.put(add(base, given, adapter, place.name))
+                setattr(parent, attribute, add(base, given, adapter, place.name))
         except BaseException:
             detach(model, adapter)
             raise

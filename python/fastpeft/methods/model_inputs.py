@@ -154,6 +154,16 @@ class Arguments:
         return (torch.arange(self.length, device=tokens.device) + past).unsqueeze(0)
 
 
+def check_count(name: str, value: object) -> None:
+    """Refuses what is no integer >= 1.
+
+    Raises:
+        ConfigError: see above.
+    """
+    if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+        raise refuse(ConfigError, name, repr(value), "an integer >= 1", "20 is a usual length.")
+
+
 def learned_positions(base: nn.Module) -> int | None:
     """How many positions a model with a learned table of them has; None where they are computed."""
     limit = getattr(base.config, "max_position_embeddings", None)

@@ -30,6 +30,7 @@ from .model_inputs import (
     Arguments,
     add_hooks,
     argument_names,
+    check_count,
     check_positions,
     check_virtual_tokens,
     inner_model,
@@ -106,16 +107,6 @@ class Prefix:
                 "1",
                 "A prefix for an encoder-decoder is not supported.",
             )
-
-
-def check_count(name: str, value: object) -> None:
-    """Refuses what is no integer >= 1.
-
-    Raises:
-        ConfigError: see above.
-    """
-    if not isinstance(value, int) or isinstance(value, bool) or value < 1:
-        raise refuse(ConfigError, name, repr(value), "an integer >= 1", "20 is a usual length.")
 
 
 class PrefixAdapter(nn.Module):
