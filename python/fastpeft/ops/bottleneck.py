@@ -16,6 +16,7 @@ from torch.autograd.function import once_differentiable
 from .._library import load
 from ..errors import ConfigError, refuse
 from .autocast import without_autocast
+from .devices import check_one_device
 from .lora import wants_grad
 
 load()
@@ -118,11 +119,14 @@ def bottleneck(
 
 @torch.library.register_fake("fastpeft::bottleneck_fwd")
 def _(x, down, down_bias, up, up_bias, activation, scaling, residual):
+    check_one_device(x=x, down=down, down_bias=down_bias, up=up, up_bias=up_bias, residual=residual)
     return x.new_empty(x.shape)
 
 
 @torch.library.register_fake("fastpeft::bottleneck_bwd")
 def _(dy, x, down, down_bias, up, up_bias, activation, scaling):
+    check_one_device(dy=dy, x=x, down=down, down_bias=down_bias, up=up, up_bias=up_bias)
+
     def like(t: Tensor | None) -> Tensor:
         return x.new_empty([0]) if t is None else t.new_empty(t.shape)
 

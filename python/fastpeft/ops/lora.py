@@ -11,6 +11,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from .._library import load
+from .devices import check_one_device
 
 load()
 _ops = torch.ops.fastpeft
@@ -129,11 +130,13 @@ def rows_of(x: Tensor) -> Any:
 
 @torch.library.register_fake("fastpeft::dropout")
 def _(x, p, seed):
+    check_one_device(x=x, seed=seed)
     return x.new_empty(x.shape)
 
 
 @torch.library.register_fake("fastpeft::lora_wgrad")
 def _(dy, x, s, lora_A, lora_B, scaling, dropout_p, seed):
+    check_one_device(x=x, dy=dy, s=s, lora_A=lora_A, lora_B=lora_B, seed=seed)
     return (
         lora_A.new_empty(lora_A.shape),
         lora_A.new_empty(lora_B.shape),

@@ -19,6 +19,7 @@ from torch.autograd.function import once_differentiable
 from .._library import load
 from ..errors import ConfigError, refuse
 from .autocast import without_autocast
+from .devices import check_one_device
 from .lora import LowRank, draw_seed, lora_wgrad, rows_of, wants_grad
 
 load()
@@ -190,10 +191,14 @@ def _(
     dropout_p,
     seed,
 ):
+    check_one_device(
+        x=x, codes=codes, scales=scales, bias=bias, lora_A=lora_A, lora_B=lora_B, seed=seed
+    )
     s = [0] if lora_A is None else [rows_of(x), lora_A.shape[0]]
     return x.new_empty([*x.shape[:-1], N]), x.new_empty(s)
 
 
 @torch.library.register_fake("fastpeft::qlinear_dgrad")
 def _(dy, codes, scales, nested, format, blocksize, K, ds, lora_A, dropout_p, seed):
+    check_one_device(dy=dy, codes=codes, scales=scales, ds=ds, lora_A=lora_A, seed=seed)
     return dy.new_empty([*dy.shape[:-1], K])

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from .._library import load
+from .devices import check_one_device
 
 load()
 _ops = torch.ops.fastpeft
@@ -110,4 +111,5 @@ def _(codes, N, K):
 
 @torch.library.register_fake("fastpeft::dequantize")
 def _(codes, scales, nested, format, blocksize, N, K, dtype):
+    check_one_device(codes=codes, scales=scales, nested=nested)
     return codes.new_empty([N, K], dtype=dtype)
