@@ -41,6 +41,7 @@ from torch.nn import functional as F
 from ..errors import ConfigError, StateError, refuse
 from ..functional import bottleneck
 from .adapter_config import ACTIVATION_NAMES, Bottleneck
+from .adapter_files import FILES
 from .adapter_seats import adapted, leave_seats, take_seats
 from .adapter_sites import SLOTS, Layer, Site, find_layers, layer_kinds
 from .method import Method, register_method
@@ -324,5 +325,14 @@ def _parameters(model: nn.Module, adapter: str) -> dict[str, nn.Parameter]:
 
 
 register_method(
-    Method("bottleneck", Bottleneck, "BOTTLENECK", _attach, _detach, _activate, _parameters)
+    Method(
+        "bottleneck",
+        Bottleneck,
+        "BOTTLENECK",
+        _attach,
+        _detach,
+        _activate,
+        _parameters,
+        files=FILES,
+    )
 )
