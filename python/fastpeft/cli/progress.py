@@ -1,4 +1,4 @@
-"""One dense progress bar on a terminal; a line per tenth of a phase elsewhere (logs, CI)."""
+"""One dense progress bar on a terminal; elsewhere (logs, CI) a line now and then."""
 
 from __future__ import annotations
 
@@ -11,6 +11,8 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from fastpeft.train.reporter import Reporter
 
 from .show import as_bytes, as_seconds
+
+LINE_SECONDS = 20.0
 
 
 def values_text(values: dict[str, float]) -> str:
@@ -46,7 +48,7 @@ class Bar(Reporter):
         self._name = ""
         self._total = self._done = 0
         self._values: dict[str, float] = {}
-        self._begin = 0.0
+        self._begin = self._said = 0.0
         self._task = None
 
     def __enter__(self) -> Bar:
@@ -71,17 +73,18 @@ class Bar(Reporter):
         """Closes the phase before and opens this one."""
         self.close()
         self._name, self._total, self._done = name, total, done
-        self._values, self._begin = {}, time.perf_counter()
+        self._values = {}
+        self._begin = self._said = time.perf_counter()
         self._task = self._progress.add_task(name, total=total, completed=done, values="")
 
     def advance(self, units: int = 1, **values: float) -> None:
-        """Moves the bar; without a terminal prints a line whenever another tenth is done."""
-        tenth = self._done * 10 // max(1, self._total)
+        """Moves the bar; without a terminal prints a line when the last one is long ago."""
         self._done += units
         self._values = values
         self._progress.update(self._task, advance=units, values=values_text(values))
-        quiet = self._console.is_terminal or self._total < 10 or self._done >= self._total
-        if not quiet and self._done * 10 // self._total > tenth:
+        now = time.perf_counter()
+        if not self._console.is_terminal and now - self._said > LINE_SECONDS:
+            self._said = now
             self._console.print(self._line(), soft_wrap=True)
 
     def note(self, text: str) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import shutil
 import tempfile
@@ -30,12 +31,9 @@ def cache_folder() -> Path:
 
 def quiet_libraries() -> None:
     """Stops progress bars and advice of the libraries: the run has one bar of its own."""
-    import logging
-
-    import transformers
-
     # The Trainer imports it where it is installed; it then asks for a package nobody needs here.
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
+    import transformers
 
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()

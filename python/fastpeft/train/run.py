@@ -78,8 +78,6 @@ def train(
     Raises:
         ConfigError: the recipe, the data or the output folder cannot work; StateError: it diverged.
     """
-    from transformers import set_seed
-
     import fastpeft
 
     reporter = reporter or Reporter()
@@ -94,6 +92,8 @@ def train(
     write_recipe(recipe, output / "recipe.yaml")
 
     quiet_libraries()
+    from transformers import set_seed
+
     reporter.phase("loading", 2)
     model, tokenizer = load_dense(recipe, device)
     reporter.advance()
