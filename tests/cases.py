@@ -140,15 +140,18 @@ class Case:
         once = self.weight_bytes() + size * (self.M + self.R) * (self.N + self.K)
         return once * (2 if direction == "fwd+bwd" else 1)
 
-    def build(self, device="cpu") -> Inputs:
-        """Draws the tensors; the same numbers on every device."""
-        draw = torch.Generator().manual_seed(1 + self.number)
+    def build(self, device="cpu", draw_on="cpu") -> Inputs:
+        """Draws the tensors; the same numbers for every device, unless they are drawn on it
+        (quicker at large sizes).
+        """
+        draw = torch.Generator(draw_on).manual_seed(1 + self.number)
         dtype, M, N, K, R = self.torch_dtype, self.M, self.N, self.K, self.R
 
         def normal(*shape, scale=1.0):
-            return (torch.randn(*shape, generator=draw) * scale).to(device)
+            return (torch.randn(*shape, generator=draw, device=draw_on) * scale).to(device)
 
-        weight = self.weight(normal(N, K, scale=K**-0.5), device)
+        # a model's weight comes in the activations' dtype
+        weight = self.pack(normal(N, K, scale=K**-0.5).to(dtype))
         x = normal(M, K).to(dtype)
         if weight.threshold > 0 and M:  # a few outlier columns, as in real activations
             x[M // 2, :: max(K // 3, 1)] = 8.0
@@ -169,13 +172,12 @@ class Case:
             p=0.0 if keep is None else self.dropout,
         )
 
-    def weight(self, W: torch.Tensor, device="cpu") -> Weight:
+    def pack(self, W: torch.Tensor) -> Weight:
         """Packs W [N, K] by the formulas of reference.py."""
         fmt, double, threshold = KINDS[self.kind]
         ident, N, K = reference.FORMAT_IDS[fmt], self.N, self.K
         if fmt == "dense":
-            dense = W.to(self.torch_dtype)
-            return Weight(ident, self.blocksize, N, K, dense, None, None, threshold, dense)
+            return Weight(ident, self.blocksize, N, K, W, None, None, threshold, W)
         if fmt == "int8":
             codes, absmax = reference.quantize_int8(W)
             exact = reference.int8_weight(codes, absmax)

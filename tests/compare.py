@@ -22,6 +22,7 @@ class Verdict:
 
     ok: bool
     text: str
+    excess: float = float("inf")  # how many times over what is allowed; at most 1 when ok
 
     def __str__(self) -> str:
         return self.text
@@ -54,7 +55,7 @@ def judge(out, exact, plain, *, dtype=None, name="out") -> Verdict:
     if tuple(out.shape) != tuple(exact.shape):
         return Verdict(False, f"{name}: shape {tuple(out.shape)}, expected {tuple(exact.shape)}")
     if out.numel() == 0:
-        return Verdict(True, f"{name}: empty")
+        return Verdict(True, f"{name}: empty", 0.0)
     out64, exact = out.detach().double(), exact.detach()
     plain64 = torch.stack([p.detach().double() for p in _listed(plain)])
     if not bool(torch.isfinite(plain64).all()):
@@ -80,7 +81,8 @@ def judge(out, exact, plain, *, dtype=None, name="out") -> Verdict:
         f"allowed {float(allowed[where]):.3g} (2 x {float(plain_error.max()):.3g} + one step); "
         f"rms error {rms:.3g}, allowed {rms_allowed:.3g}; {over} of {out.numel()} elements over"
     )
-    return Verdict(ok, text)
+    excess = max(float(error[where] / allowed[where]), rms / rms_allowed)
+    return Verdict(ok, text, excess)
 
 
 def assert_close(out, exact, plain, *, dtype=None, name="out") -> None:

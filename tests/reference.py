@@ -124,14 +124,22 @@ def dynamic_map(device="cpu") -> torch.Tensor:
 def quantize_absmax(absmax: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """absmax float32 [B] -> codes uint8 [B], nested float32 [257 + ceil(B/256)] = offset | map |
     nested absmax.
+
+    As bitsandbytes' CPU quantiser has it: v = (absmax - offset) / nested absmax goes to the nearest
+    of 65536 grid points in [-1, 1], and that point to the nearest map entry (a midpoint belongs to
+    the lower one). csrc/core/formats.h tells the order of roundings.
     """
     table, offset = dynamic_map(absmax.device), absmax.mean()
     blocks = -(-absmax.numel() // NESTED_BLOCK)
     centred = F.pad(absmax - offset, (0, blocks * NESTED_BLOCK - absmax.numel()))
     top = centred.view(blocks, NESTED_BLOCK).abs().amax(dim=1)
     inverse = torch.where(top > 0, 1.0 / top, torch.zeros_like(top))
-    value = (centred.view(blocks, NESTED_BLOCK) * inverse[:, None]).reshape(-1)[: absmax.numel()]
-    codes = torch.bucketize(value.contiguous(), _midpoints(table)).to(torch.uint8)
+    value = (centred.view(blocks, NESTED_BLOCK) * inverse[:, None]).clamp(-1, 1)
+    point = (((value + 1.0) * 0.5).double() * 65535.0 + 0.5).float().floor()
+    value = (point * 2.0 / 65535.0 - 1.0).reshape(-1)[: absmax.numel()]
+    middles = (table[1:] + table[:-1]) * 0.5
+    codes = torch.bucketize(value.contiguous(), middles).to(torch.uint8)
+    codes[(top == 0).repeat_interleave(NESTED_BLOCK)[: absmax.numel()]] = 0
     return codes, torch.cat((offset.view(1), table, top))
 
 

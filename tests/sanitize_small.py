@@ -49,14 +49,14 @@ def quantise(device: str) -> None:
             W = torch.randn(N, K, device=device)
             codes, absmax = quant.quantize(W, reference.FORMAT_IDS[fmt], blocksize)
             tiled = quant.tile(codes, reference.FORMAT_IDS[fmt], N, K)
-            assert torch.equal(quant.untile(tiled, N, K), codes)
+            elements = reference.unpack_canonical(codes, N * K)
+            back = reference.unpack_canonical(quant.untile(tiled, N, K), N * K)
+            assert torch.equal(back, elements)
             scales = reference.scales_in_memory(absmax, N, K, blocksize)
             back = quant.dequantize(
                 tiled, scales, None, reference.FORMAT_IDS[fmt], blocksize, N, K, torch.float32
             )
-            want = reference.dequantize_4bit(
-                reference.unpack_canonical(codes, N * K), absmax, fmt, blocksize, N, K
-            )
+            want = reference.dequantize_4bit(elements, absmax, fmt, blocksize, N, K)
             compare.assert_bitwise(back, want, f"{fmt} {N}x{K}")
             quant.quantize_absmax(absmax, reference.dynamic_map(device), absmax.mean().view(1))
     quant.quantize(torch.randn(7, 341, device=device), reference.FORMAT_IDS["int8"], 0)

@@ -1,0 +1,311 @@
+"""How a figure is obtained: values first, then interleaved timing, then a row.
+
+CUDA: one CUDA graph a provider that calls it once with every copy of its weight (all copies
+together more than twice L2, so L2 never holds a weight); rounds in which the providers take turns;
+median, p20 and p80 of time / copies. `eager_us` is wall time a call in a Python loop. CPU: rounds
+in which the providers take turns, each timed over a few calls; same percentiles.
+"""
+
+from __future__ import annotations
+
+import datetime
+import json
+import os
+import platform
+import re
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+
+HERE = Path(__file__).resolve().parent
+ROOT = HERE.parent
+for folder in (ROOT / "tests", ROOT / "python"):
+    if str(folder) not in sys.path:
+        sys.path.append(str(folder))
+
+RESULTS = HERE / "results"
+ROUNDS = 9
+MAX_COPIES = 1024
+
+
+@dataclass
+class Work:
+    """One provider at one problem."""
+
+    provider: str
+    run: Callable[[int], Any]  # one call, on weight copy i
+    copies: int
+    bytes: float  # fewest bytes through memory, with the weight as this provider stores it
+    values: Callable[[], dict[str, torch.Tensor]] | None = None  # results of a call, for the check
+    graph: bool = True  # False: it waits for the GPU inside a call and cannot be captured
+    format: str | None = None  # how this provider stores the weight
+    weight: torch.Tensor | None = None  # W as this provider quantised it, where that may differ
+    note: str = ""
+
+
+@dataclass(frozen=True)
+class Timing:
+    """Of one call: microseconds, and the peak of temporary memory in MiB (CUDA)."""
+
+    us: float
+    us_p20: float
+    us_p80: float
+    eager_us: float | None = None
+    peak_mib: float | None = None
+    note: str = ""
+
+
+@dataclass
+class Budget:
+    """Seconds that a run may take."""
+
+    seconds: float
+    started: float = field(default_factory=time.monotonic)
+
+    def spent(self) -> bool:
+        """Whether nothing is left."""
+        return time.monotonic() - self.started >= self.seconds
+
+
+# ---- the machine
+
+
+def device_name(device: str) -> str:
+    """ "NVIDIA H200", or the CPU's model name and threads."""
+    if device == "cuda":
+        return torch.cuda.get_device_name()
+    model = platform.processor() or platform.machine()
+    info = Path("/proc/cpuinfo")
+    if info.exists():
+        found = re.search(r"^model name\s*:\s*(.+)$", info.read_text(), re.M)
+        model = found.group(1) if found else model
+    return f"{model.strip()}, {torch.get_num_threads()} threads"
+
+
+def commit() -> str:
+    """Commit of the code that runs: FASTPEFT_COMMIT, or git's HEAD, with "+" where tracked files
+    differ from it.
+    """
+    if "FASTPEFT_COMMIT" in os.environ:
+        return os.environ["FASTPEFT_COMMIT"]
+    try:
+        git = ["git", "-C", str(ROOT)]
+        head = subprocess.run(
+            [*git, "rev-parse", "--short=12", "HEAD"], capture_output=True, text=True
+        )
+        if head.returncode:
+            return "unknown"
+        changed = subprocess.run(
+            [*git, "status", "--porcelain", "--untracked-files=no", "--", "csrc", "cuda", "python"],
+            capture_output=True,
+            text=True,
+        ).stdout.strip()
+        return head.stdout.strip() + ("+" if changed else "")
+    except OSError:
+        return "unknown"
+
+
+def results_file(device: str) -> Path:
+    """benchmarks/results/<device>.jsonl"""
+    return RESULTS / (re.sub(r"[^a-z0-9]+", "-", device_name(device).lower()).strip("-") + ".jsonl")
+
+
+class RowWriter:
+    """Appends rows to a file, one JSON object a line; keys without a value are left out."""
+
+    def __init__(self, path: Path, device: str) -> None:
+        self.path, self.rows = Path(path), []
+        self.common = {
+            "date": datetime.date.today().isoformat(),
+            "commit": commit(),
+            "device": device_name(device),
+            "torch": torch.__version__,
+            "cuda": torch.version.cuda if device == "cuda" else None,
+        }
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+
+    def write(self, race: str = "", **keys: Any) -> dict[str, Any]:
+        """Appends one row and returns it; `race` (what providers that store the weight differently
+        compete in) stays in memory, for the tables.
+        """
+        row = {k: v for k, v in {**self.common, **keys}.items() if v not in (None, "")}
+        for name, value in row.items():
+            if isinstance(value, float):
+                row[name] = float(f"{value:.5g}")
+        with self.path.open("a") as file:
+            file.write(json.dumps(row) + "\n")
+        row = {**row, "race": race}
+        self.rows.append(row)
+        return row
+
+
+def copies_for(weight_bytes: float, device: str) -> int:
+    """Copies of a weight so that together they are more than twice L2 (CPU: 64 MiB, more than a
+    core's own caches).
+    """
+    total = 64 * 2**20
+    if device == "cuda":
+        total = max(128 * 2**20, 2 * torch.cuda.get_device_properties(0).L2_cache_size)
+    return int(min(MAX_COPIES, max(2, -(-total // weight_bytes) + 1)))
+
+
+# ---- timing
+
+
+def percentiles(times: list[float]) -> tuple[float, float, float]:
+    """Median, p20, p80."""
+    ordered = sorted(times)
+    at = [ordered[round(q * (len(ordered) - 1))] for q in (0.5, 0.2, 0.8)]
+    return at[0], at[1], at[2]
+
+
+def measure(works: list[Work], device: str, rounds: int = ROUNDS) -> dict[str, Timing]:
+    """Times the providers against each other: provider -> Timing."""
+    return (_measure_cuda if device == "cuda" else _measure_cpu)(works, rounds)
+
+
+def _capture(work: Work) -> tuple[Callable[[], None], str]:
+    """(one pass over all copies, note)."""
+    side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):
+        for i in range(work.copies):  # all: some libraries re-pack a weight at its first call
+            work.run(i)
+    torch.cuda.current_stream().wait_stream(side)
+    torch.cuda.synchronize()
+
+    def loop() -> None:
+        for i in range(work.copies):
+            work.run(i)
+
+    if not work.graph:
+        return loop, "no graph"
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        loop()
+    return graph.replay, ""
+
+
+def _eager_cuda(work: Work) -> tuple[float, float]:
+    """(wall time of a call in a loop, us; peak of temporary memory, MiB)."""
+    torch.cuda.synchronize()
+    torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_allocated()
+    work.run(0)
+    torch.cuda.synchronize()
+    peak = (torch.cuda.max_memory_allocated() - before) / 2**20
+    times = []
+    for _ in range(3):
+        start = time.perf_counter()
+        for i in range(20):
+            work.run(i % work.copies)
+        torch.cuda.synchronize()
+        times.append((time.perf_counter() - start) / 20 * 1e6)
+    return sorted(times)[1], peak
+
+
+def _measure_cuda(works: list[Work], rounds: int) -> dict[str, Timing]:
+    passes, times = {}, {work.provider: [] for work in works}
+    for work in works:
+        passes[work.provider] = _capture(work)
+    start, stop = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    for number in range(rounds + 1):  # the first round warms up
+        for work in works if number % 2 else works[::-1]:
+            torch.cuda.synchronize()
+            start.record()
+            passes[work.provider][0]()
+            stop.record()
+            stop.synchronize()
+            if number:
+                times[work.provider].append(start.elapsed_time(stop) * 1e3 / work.copies)
+    results = {}
+    for work in works:
+        eager, peak = _eager_cuda(work)
+        results[work.provider] = Timing(
+            *percentiles(times[work.provider]), eager, peak, passes[work.provider][1]
+        )
+    return results
+
+
+def _measure_cpu(works: list[Work], rounds: int, slice_s: float = 0.02) -> dict[str, Timing]:
+    calls, times = {}, {work.provider: [] for work in works}
+    for work in works:
+        for i in range(work.copies):  # all: some libraries re-pack a weight at its first call
+            work.run(i)
+        start = time.perf_counter()
+        work.run(1 % work.copies)
+        once = time.perf_counter() - start
+        calls[work.provider] = max(1, min(200, int(slice_s / max(once, 1e-6))))
+    turn = 0
+    for number in range(rounds):
+        for work in works if number % 2 else works[::-1]:
+            count = calls[work.provider]
+            start = time.perf_counter()
+            for i in range(count):
+                work.run((turn + i) % work.copies)
+            times[work.provider].append((time.perf_counter() - start) / count * 1e6)
+        turn += max(calls.values())
+    return {work.provider: Timing(*percentiles(times[work.provider])) for work in works}
+
+
+def copy_gbs(device: str) -> float:
+    """Speed of a large copy, GB/s, bytes read plus bytes written: the ceiling that a share is told
+    of.
+    """
+    size = 2**30 if device == "cuda" else 2**26
+    source = torch.empty(size, dtype=torch.uint8, device=device).random_(0, 255)
+    target = torch.empty_like(source)
+    work = Work("copy", lambda i: target.copy_(source), 4, 2.0 * size)
+    return 2.0 * size / measure([work], device)["copy"].us / 1e3
+
+
+def matmul_tflops(device: str, dtype: torch.dtype) -> float:
+    """Speed of a large matmul of torch in `dtype`: the other ceiling."""
+    side = 8192 if device == "cuda" else 1024
+    a, b = (torch.randn(side, side, device=device).to(dtype) for _ in range(2))
+    work = Work("matmul", lambda i: a @ b, 2, 0.0)
+    return 2.0 * side**3 / measure([work], device, 5)["matmul"].us / 1e6
+
+
+def checked(
+    work: Work,
+    formulas: Callable[[torch.dtype, torch.Tensor | None, bool], dict[str, torch.Tensor]],
+    dtype: torch.dtype,
+    quantises_activations: bool = False,
+) -> tuple[str | None, str]:
+    """(reason to refuse or None, note): holds a provider to the error rule of tests/compare.py.
+
+    A public provider that computes in less than the dtype asked for, or leaves the activations of
+    LLM.int8() as they are, is timed all the same if it obeys the rule there, and its row says so.
+    formulas(dtype, W or None, whether activations are quantised) -> the right values.
+    """
+    import compare
+
+    got, first = work.values(), None
+    ours = work.provider == "fastpeft"
+    for quantised in (True, False) if quantises_activations and not ours else (True,):
+        exact = formulas(torch.float64, work.weight, quantised)
+        for lower in (dtype,) if ours else dict.fromkeys((dtype, torch.bfloat16)):
+            plain = formulas(lower, work.weight, quantised)
+            verdicts = [
+                compare.judge(value, exact[name], plain[name], dtype=lower, name=name)
+                for name, value in got.items()
+            ]
+            wrong = [str(verdict) for verdict in verdicts if not verdict.ok]
+            if not wrong:
+                notes = ["" if lower == dtype else f"as exact as {lower} only"]
+                notes += [] if quantised else ["activations not quantised"]
+                return None, joined(*notes)
+            first = first or wrong[0]
+    return first, ""
+
+
+def joined(*notes: str) -> str:
+    """The notes that say something, in one."""
+    return "; ".join(note for note in notes if note)

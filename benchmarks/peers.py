@@ -1,0 +1,352 @@
+"""A frozen linear layer with LoRA, by every provider: what bench_qlinear and bench_lora race.
+
+`make(provider, job)` gives a Peer or raises Unavailable with the reason. Peers see the same
+numbers: the weight is packed once by tests/reference.py for fastpeft, and from the same 16- or
+32-bit matrix by the others' own quantiser.
+"""
+
+from __future__ import annotations
+
+import copy
+import logging
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+
+import harness
+import torch
+import torch.nn.functional as F
+from cases import KINDS, Case, Inputs, Weight
+
+PROVIDERS = ("fastpeft", "torch", "dequant+torch", "bitsandbytes", "peft+bitsandbytes", "peft")
+
+
+class Unavailable(Exception):
+    """The provider cannot run this problem here; the text says why.
+
+    worth_telling: not merely that another provider is the one for this problem.
+    """
+
+    def __init__(self, reason: str, worth_telling: bool = True) -> None:
+        super().__init__(reason)
+        self.worth_telling = worth_telling
+
+
+@dataclass
+class Job:
+    """One problem with its tensors."""
+
+    case: Case
+    inputs: Inputs
+    dense: torch.Tensor  # W [N, K] in the activations' dtype, as it was before quantising
+    direction: str  # fwd, dgrad, fwd+bwd
+    device: str
+
+    def copies(self, weight_bytes: float) -> int:
+        """How many copies of a weight of this size."""
+        return harness.copies_for(weight_bytes, self.device)
+
+
+@dataclass
+class Peer:
+    """A provider's layer, once per weight copy."""
+
+    forward: list[Callable[[torch.Tensor], torch.Tensor]]  # x [M, K] -> y [M, N]
+    dgrad: list[Callable[[torch.Tensor], torch.Tensor]] | None  # dy [M, N] -> dx [M, K]; R = 0
+    factors: list[tuple[torch.Tensor, ...]]  # (A, B), or () without LoRA
+    bytes: float
+    format: str
+    graph: bool = True
+    exact: torch.Tensor | None = None  # W [N, K] by its own quantiser, where that may differ
+
+
+def make(provider: str, job: Job) -> Peer:
+    """The provider's layer for this job.
+
+    Raises:
+        Unavailable: not installed, or it does not do this problem.
+    """
+    return {
+        "fastpeft": _fastpeft,
+        "torch": _torch,
+        "dequant+torch": _dequant,
+        "bitsandbytes": _bitsandbytes,
+        "peft+bitsandbytes": _peft_bitsandbytes,
+        "peft": _peft,
+    }[provider](job)
+
+
+def format_name(case: Case) -> str:
+    """The word for `format` in a row."""
+    if case.kind == "dense":
+        return {"bfloat16": "bf16", "float16": "fp16", "float32": "fp32"}[case.dtype]
+    return "llm.int8" if case.kind.startswith("llm.int8") else case.kind
+
+
+def _factors(job: Job) -> tuple[torch.Tensor, ...]:
+    if job.inputs.A is None:
+        return ()
+    dtype = job.case.torch_dtype  # what autocast would make of float32 factors, without its casts
+    pair = (job.inputs.A.to(dtype), job.inputs.B.to(dtype))
+    return tuple(t.requires_grad_(job.direction != "fwd") for t in pair)
+
+
+def _copy_weight(w: Weight) -> Weight:
+    def clone(t):
+        return None if t is None else t.clone()
+
+    return replace(w, codes=clone(w.codes), scales=clone(w.scales), nested=clone(w.nested))
+
+
+def _fastpeft(job: Job) -> Peer:
+    import kernelkit
+    from fastpeft.ops.lora import LowRank
+    from fastpeft.ops.qlinear import qlinear
+
+    def input_gradient(dy: torch.Tensor, w) -> torch.Tensor:
+        packed = (w.codes, w.scales, w.nested, w.format, w.blocksize, w.K)
+        return torch.ops.fastpeft.qlinear_dgrad(dy, *packed, None, None, 0.0, None)
+
+    copies = job.copies(job.case.weight_bytes())
+    weights = [job.inputs.weight] + [_copy_weight(job.inputs.weight) for _ in range(copies - 1)]
+    packed = [kernelkit.weight_of(replace(job.inputs, weight=w)) for w in weights]
+    factors, bias = _factors(job), job.inputs.bias
+    low = LowRank(*factors, job.inputs.scaling) if factors else None
+    return Peer(
+        [lambda x, w=w: qlinear(x, w, bias, low) for w in packed],
+        [lambda dy, w=w: input_gradient(dy, w) for w in packed],
+        [factors] * copies,
+        job.case.bytes(job.direction),
+        format_name(job.case),
+    )
+
+
+def _dense_case(case: Case) -> Case:
+    return replace(case, kind="dense")
+
+
+def _plain(x, W, bias, factors, scaling):
+    y = F.linear(x, W, bias)
+    return y + scaling * F.linear(F.linear(x, factors[0]), factors[1]) if factors else y
+
+
+def _torch(job: Job) -> Peer:
+    case, factors = _dense_case(job.case), _factors(job)
+    exact = job.inputs.weight.exact.to(case.torch_dtype)
+    copies = job.copies(case.weight_bytes())
+    weights = [exact.clone() for _ in range(copies)]
+    bias, scaling = job.inputs.bias, job.inputs.scaling
+    return Peer(
+        [lambda x, W=W: _plain(x, W, bias, factors, scaling) for W in weights],
+        [lambda dy, W=W: dy @ W for W in weights],
+        [factors] * copies,
+        case.bytes(job.direction),
+        format_name(case),
+    )
+
+
+def _dequant(job: Job) -> Peer:
+    """fastpeft's dequantise and torch's matmul, the weight rebuilt in the backward pass."""
+    from fastpeft.ops.quant import dequantize
+
+    if job.case.kind == "dense":
+        raise Unavailable("a dense weight needs no dequantising")
+    if job.inputs.weight.threshold >= 0:
+        raise Unavailable("LLM.int8() does not dequantise the weight")
+    dtype = job.case.torch_dtype
+
+    def dense(w: Weight) -> torch.Tensor:
+        return dequantize(w.codes, w.scales, w.nested, w.format_id, w.blocksize, w.N, w.K, dtype)
+
+    class Linear(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx, x, w):
+            ctx.w = w
+            return F.linear(x, dense(w), job.inputs.bias)
+
+        @staticmethod
+        def backward(ctx, dy):
+            return dy @ dense(ctx.w), None
+
+    copies, factors = job.copies(job.case.weight_bytes()), _factors(job)
+    weights = [_copy_weight(job.inputs.weight) for _ in range(copies)]
+
+    def forward(x, w):
+        y = Linear.apply(x, w)
+        if factors:
+            y = y + job.inputs.scaling * F.linear(F.linear(x, factors[0]), factors[1])
+        return y
+
+    return Peer(
+        [lambda x, w=w: forward(x, w) for w in weights],
+        [lambda dy, w=w: dy @ dense(w) for w in weights],
+        [factors] * copies,
+        job.case.bytes(job.direction),
+        format_name(job.case),
+    )
+
+
+def import_bitsandbytes():
+    """The module, with its advice silenced: a line a call otherwise.
+
+    Raises:
+        Unavailable: not installed, or its native library does not load.
+    """
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
+    try:
+        import bitsandbytes
+    except Exception as error:  # it fails in ways of its own where its native library is missing
+        raise Unavailable(f"bitsandbytes does not import: {error}") from error
+    return bitsandbytes
+
+
+def _bnb_layer(job: Job) -> torch.nn.Module:
+    """One bitsandbytes layer over the job's weight."""
+    bnb = import_bitsandbytes()
+    case, dense = job.case, job.dense.clone()
+    fmt, double, threshold = KINDS[case.kind]
+    has_bias = job.inputs.bias is not None
+    if fmt in ("nf4", "fp4"):
+        if case.blocksize not in (32, 64, 128, 256, 512, 1024, 2048, 4096):
+            raise Unavailable(f"blocksize {case.blocksize}")
+        if job.device == "cpu" and case.K % case.blocksize:
+            raise Unavailable("its CPU kernel is wrong where blocks straddle rows")
+        layer = bnb.nn.Linear4bit(
+            case.K, case.N, has_bias, case.torch_dtype, double, fmt, device="meta"
+        )
+        layer.weight = bnb.nn.Params4bit(
+            dense,
+            requires_grad=False,
+            compress_statistics=double,
+            quant_type=fmt,
+            blocksize=case.blocksize,
+            module=layer,
+        )
+    elif fmt == "int8" and threshold >= 0:
+        layer = bnb.nn.Linear8bitLt(
+            case.K, case.N, has_bias, has_fp16_weights=False, threshold=threshold, device="meta"
+        )
+        # it quantises on the way from the CPU only
+        layer.weight = bnb.nn.Int8Params(dense.cpu(), requires_grad=False, has_fp16_weights=False)
+    else:
+        raise Unavailable(f"{case.kind} is not a format of bitsandbytes")
+    if has_bias:
+        layer.bias = torch.nn.Parameter(job.inputs.bias.cpu(), requires_grad=False)
+    return layer.to(job.device).train(job.direction != "fwd")
+
+
+def _bnb_layers(job: Job) -> list[torch.nn.Module]:
+    first = _bnb_layer(job)
+    copies = job.copies(job.case.weight_bytes())
+    return [first] + [copy.deepcopy(first) for _ in range(copies - 1)]
+
+
+def _bnb_dgrad(layer: torch.nn.Module) -> Callable[[torch.Tensor], torch.Tensor]:
+    """What its backward pass does for dx."""
+    import bitsandbytes as bnb
+
+    if isinstance(layer, bnb.nn.Linear4bit):
+
+        def dgrad(dy):
+            W = bnb.functional.dequantize_4bit(layer.weight.data, layer.weight.quant_state)
+            return dy @ W.to(dy.dtype)
+    else:
+
+        def dgrad(dy):
+            state = layer.state
+            codes, scale = (
+                (state.CB, state.SCB)
+                if state.CB is not None
+                else (layer.weight.CB, layer.weight.SCB)
+            )
+            return dy @ codes.to(dy.dtype, copy=True).mul_(scale.unsqueeze(1).mul(1.0 / 127.0))
+
+    return dgrad
+
+
+def _own_weight(layer: torch.nn.Module) -> torch.Tensor | None:
+    """W [N, K] as a 4-bit layer of bitsandbytes holds it: on the GPU its quantiser rounds
+    otherwise.
+    """
+    import bitsandbytes as bnb
+
+    if not isinstance(layer, bnb.nn.Linear4bit):
+        return None
+    return bnb.functional.dequantize_4bit(layer.weight.data, layer.weight.quant_state).float()
+
+
+def _can_capture(job: Job) -> bool:
+    """With a threshold, bitsandbytes asks the GPU which columns are outliers and waits for the
+    answer.
+    """
+    return not (KINDS[job.case.kind][2] > 0)
+
+
+def _bitsandbytes(job: Job) -> Peer:
+    if job.inputs.A is not None:
+        raise Unavailable("has no LoRA of its own: see peft+bitsandbytes", False)
+    layers = _bnb_layers(job)
+    return Peer(
+        list(layers),
+        [_bnb_dgrad(layer) for layer in layers],
+        [()] * len(layers),
+        job.case.bytes(job.direction),
+        format_name(job.case),
+        _can_capture(job),
+        _own_weight(layers[0]),
+    )
+
+
+def _lora_of_peft(job: Job, layers: list[torch.nn.Module], flag: str | None) -> Peer:
+    try:
+        import peft
+    except ImportError as error:
+        raise Unavailable(f"peft does not import: {error}") from error
+    holder = torch.nn.Module()
+    holder.proj = torch.nn.ModuleList(layers)
+    if flag:
+        setattr(holder, flag, True)
+    R = job.case.R
+    config = peft.LoraConfig(
+        r=R, lora_alpha=job.inputs.scaling * R, target_modules=r"proj\.\d+", lora_dropout=0.0
+    )
+    peft.get_peft_model(holder, config, autocast_adapter_dtype=False)
+    factors = []
+    for layer in holder.proj:
+        pair = (layer.lora_A["default"].weight, layer.lora_B["default"].weight)
+        for parameter, value in zip(pair, _factors(job), strict=True):
+            parameter.data = value.detach().clone()
+            parameter.requires_grad_(job.direction != "fwd")
+        factors.append(pair)
+    return Peer(
+        list(holder.train(job.direction != "fwd").proj),
+        None,
+        factors,
+        job.case.bytes(job.direction),
+        format_name(job.case),
+        _can_capture(job),
+    )
+
+
+def _peft_bitsandbytes(job: Job) -> Peer:
+    if job.inputs.A is None:
+        raise Unavailable("no LoRA asked for: see bitsandbytes", False)
+    layers = _bnb_layers(job)
+    own = _own_weight(layers[0])
+    four = KINDS[job.case.kind][0] in ("nf4", "fp4")
+    peer = _lora_of_peft(job, layers, "is_loaded_in_4bit" if four else "is_loaded_in_8bit")
+    return replace(peer, exact=own)
+
+
+def _peft(job: Job) -> Peer:
+    """peft's LoRA on a dense layer."""
+    if job.case.kind != "dense" or job.inputs.A is None:
+        raise Unavailable("peft alone: dense weight with LoRA")
+    copies, layers = job.copies(job.case.weight_bytes()), []
+    for _ in range(copies):
+        bias = job.inputs.bias
+        layer = torch.nn.Linear(job.case.K, job.case.N, bias is not None, device="meta")
+        layer.weight = torch.nn.Parameter(job.dense.clone(), requires_grad=False)
+        if bias is not None:
+            layer.bias = torch.nn.Parameter(bias.clone(), requires_grad=False)
+        layers.append(layer)
+    return _lora_of_peft(job, layers, None)
