@@ -6,10 +6,11 @@
 
 namespace fastpeft::cuda {
 
-// Compute capability * 10 and multiprocessors of the current device (cached per device).
+// Compute capability * 10, multiprocessors and shared memory a block of the current device (cached per device).
 struct DeviceFacts {
   int arch = 0;
   int sm_count = 0;
+  int shared_bytes = 0;
 };
 DeviceFacts device_facts();
 

@@ -1,0 +1,319 @@
+// Times of the CUDA kernels without torch: CUDA-graph replays over rotated copies of the weights (and
+// outputs), so that L2 never holds what a launch reads; median, p20 and p80 of the replays, in us a
+// launch. `bench_kernels [filter]` prints one line a case whose name contains the filter. Values are
+// test_kernels' business: run it first.
+#include <algorithm>
+#include <functional>
+#include <memory>
+
+#include "../../cuda/launch.h"
+#include "host.h"
+
+using namespace native;
+
+namespace {
+
+constexpr int64_t kRotateBytes = 256ll << 20;  // > 4 x L2
+constexpr int kReplays = 9;
+
+struct Shape {
+  int64_t N, K;
+};
+const Shape kShapes[] = {{4096, 4096}, {1024, 4096}, {14336, 4096}, {4096, 14336}, {28672, 8192}, {576, 1536}};
+
+struct Device {
+  void* p = nullptr;
+  explicit Device(size_t bytes) { NATIVE_CUDA(cudaMalloc(&p, bytes)); }
+  ~Device() { cudaFree(p); }
+};
+
+__global__ void fill_kernel(uint32_t* p, int64_t words, uint32_t seed) {
+  for (int64_t i = blockIdx.x * 256ll + threadIdx.x; i < words; i += gridDim.x * 256ll) {
+    uint32_t v = uint32_t(i) * 2654435761u + seed;
+    v ^= v >> 16;
+    v *= 2246822519u;
+    p[i] = v ^ (v >> 13);
+  }
+}
+__global__ void fill_values_kernel(__nv_bfloat16* p, int64_t count) {
+  for (int64_t i = blockIdx.x * 256ll + threadIdx.x; i < count; i += gridDim.x * 256ll)
+    p[i] = __float2bfloat16_rn(float(int(uint32_t(i) * 2654435761u >> 16) - 32768) / 32768.0f);
+}
+
+void fill(void* p, size_t bytes) { fill_kernel<<<1024, 256>>>(static_cast<uint32_t*>(p), bytes / 4, 7); }
+void fill_values(void* p, int64_t count) { fill_values_kernel<<<1024, 256>>>(static_cast<__nv_bfloat16*>(p), count); }
+
+// One NF4 weight, blocksize 64, double-quantised, with random codes.
+struct Weight {
+  Device codes, scales, nested;
+  WeightView view;
+  Weight(int64_t N, int64_t K)
+      : codes(tiled_bytes(N, K)), scales(scale_count(N, K, 64)), nested(4 * (257 + ceil_div<int64_t>(N * K / 64, 256))) {
+    fill(codes.p, tiled_bytes(N, K));
+    fill(scales.p, scale_count(N, K, 64));
+    std::vector<float> host(257 + ceil_div<int64_t>(N * K / 64, 256), 0.02f);
+    const std::vector<float> map = ascending_map();
+    std::copy(map.begin(), map.end(), host.begin() + 1);
+    NATIVE_CUDA(cudaMemcpy(nested.p, host.data(), host.size() * 4, cudaMemcpyHostToDevice));
+    view.N = N;
+    view.K = K;
+    view.codes = codes.p;
+    view.scales = scales.p;
+    view.nested = static_cast<float*>(nested.p);
+  }
+};
+
+const char* filter = "";
+
+// launch(i, stream) uses copy i % copies. `bytes`: what one launch must move.
+void time_case(const std::string& name, int copies, double bytes, const std::function<void(int, cudaStream_t)>& launch) {
+  if (name.find(filter) == std::string::npos) return;
+  cudaStream_t stream;
+  NATIVE_CUDA(cudaStreamCreateWithFlags(&stream, cudaStreamNonBlocking));
+  const int launches = std::max(copies, 24) / copies * copies;
+  cudaGraph_t graph;
+  cudaGraphExec_t replay;
+  for (int i = 0; i < copies; ++i) launch(i, stream);  // attributes, module load
+  NATIVE_CUDA(cudaStreamBeginCapture(stream, cudaStreamCaptureModeGlobal));
+  for (int i = 0; i < launches; ++i) launch(i % copies, stream);
+  NATIVE_CUDA(cudaStreamEndCapture(stream, &graph));
+  NATIVE_CUDA(cudaGraphInstantiate(&replay, graph, 0));
+  cudaEvent_t start, stop;
+  NATIVE_CUDA(cudaEventCreate(&start));
+  NATIVE_CUDA(cudaEventCreate(&stop));
+  std::vector<float> times;
+  for (int i = 0; i < kReplays + 2; ++i) {
+    NATIVE_CUDA(cudaEventRecord(start, stream));
+    NATIVE_CUDA(cudaGraphLaunch(replay, stream));
+    NATIVE_CUDA(cudaEventRecord(stop, stream));
+    NATIVE_CUDA(cudaStreamSynchronize(stream));
+    float ms = 0;
+    NATIVE_CUDA(cudaEventElapsedTime(&ms, start, stop));
+    if (i >= 2) times.push_back(ms * 1000 / launches);
+  }
+  std::sort(times.begin(), times.end());
+  const float us = times[kReplays / 2];
+  std::printf("%-44s %8.2f us  (p20 %.2f p80 %.2f)  %7.0f GB/s\n", name.c_str(), us, times[kReplays / 5],
+              times[kReplays - 1 - kReplays / 5], bytes / us * 1e-3);
+  std::fflush(stdout);
+  cudaEventDestroy(start);
+  cudaEventDestroy(stop);
+  cudaGraphExecDestroy(replay);
+  cudaGraphDestroy(graph);
+  cudaStreamDestroy(stream);
+}
+
+std::string label(const char* what, const Shape& s, int64_t M = 0, const char* tail = "") {
+  return std::string(what) + " " + std::to_string(s.N) + "x" + std::to_string(s.K) + (M ? " M=" + std::to_string(M) : "") + tail;
+}
+
+double weight_bytes(const Shape& s) { return double(s.N * s.K) * (0.5 + 1.0 / 64 + 4.0 / (64 * 256)); }
+
+void bench_copy() {
+  const size_t bytes = 512ll << 20;
+  Device from(bytes), to(bytes);
+  fill(from.p, bytes);
+  time_case("copy 512 MiB (cudaMemcpyAsync)", 1, 2.0 * bytes, [&](int, cudaStream_t stream) {
+    NATIVE_CUDA(cudaMemcpyAsync(to.p, from.p, bytes, cudaMemcpyDeviceToDevice, stream));
+  });
+  const size_t small = 74ll << 20;  // as many bytes as dequantising 14336x4096 moves
+  time_case("copy 74 MiB (cudaMemcpyAsync)", 6, 2.0 * small, [&](int i, cudaStream_t stream) {
+    NATIVE_CUDA(cudaMemcpyAsync(static_cast<char*>(to.p) + i * small, static_cast<char*>(from.p) + i * small, small,
+                                cudaMemcpyDeviceToDevice, stream));
+  });
+}
+
+void bench_shape(const Shape& s) {
+  const int copies = int(std::max<int64_t>(1, ceil_div<int64_t>(kRotateBytes, tiled_bytes(s.N, s.K))));
+  std::vector<std::unique_ptr<Weight>> weights;
+  for (int i = 0; i < copies; ++i) weights.push_back(std::make_unique<Weight>(s.N, s.K));
+  const int64_t widest = std::max(s.N, s.K), M_max = 64;
+  Device x(M_max * widest * 2), y(M_max * widest * 2), low(M_max * 64 * 2), factor(widest * 64 * 2);
+  for (const Device* d : {&x, &y}) fill_values(d->p, M_max * widest);
+  fill_values(low.p, M_max * 64);
+  fill_values(factor.p, widest * 64);
+  const int outputs = int(std::max<int64_t>(2, kRotateBytes / (s.N * s.K * 2)));
+  Device out(size_t(outputs) * s.N * s.K * 2);
+  time_case(label("dequantize", s), copies, weight_bytes(s) + 2.0 * s.N * s.K, [&](int i, cudaStream_t stream) {
+    DequantizeParams p;
+    p.w = weights[i]->view;
+    p.row_end = s.N;
+    p.dtype = DType::kBFloat16;
+    p.out = static_cast<char*>(out.p) + (i % outputs) * s.N * s.K * 2;
+    p.stream = stream;
+    cuda::dequantize(p);
+  });
+  for (const int64_t M : {1, 2, 4, 8, 16, 32})
+    for (const int64_t R : {0, 16}) {
+      if (R && M != 1 && M != 16) continue;
+      const char* tail = R ? " R=16" : "";
+      const double bytes = weight_bytes(s) + 2.0 * M * (s.N + s.K);
+      time_case(label("fwd", s, M, tail), copies, bytes, [&](int i, cudaStream_t stream) {
+        QLinearFwdParams p;
+        p.w = weights[i]->view;
+        p.M = M;
+        p.R = R;
+        p.dtype = DType::kBFloat16;
+        p.x = x.p;
+        p.s = R ? low.p : nullptr;
+        p.lora_b = R ? factor.p : nullptr;
+        p.y = y.p;
+        p.stream = stream;
+        cuda::qlinear_fwd(p);
+      });
+      time_case(label("dgrad", s, M, tail), copies, bytes, [&](int i, cudaStream_t stream) {
+        QLinearDgradParams p;
+        p.w = weights[i]->view;
+        p.M = M;
+        p.R = R;
+        p.dtype = DType::kBFloat16;
+        p.dy = x.p;
+        p.ds = R ? low.p : nullptr;
+        p.lora_a = R ? factor.p : nullptr;
+        p.dx = y.p;
+        p.stream = stream;
+        cuda::qlinear_dgrad(p);
+      });
+    }
+}
+
+// The kernels no Part of the tables above: one shape each.
+void bench_rest() {
+  const int64_t N = 14336, K = 4096, M = 2048;
+  const int copies = 4;
+  Device w(copies * N * K * 2), codes(copies * N * K), absmax(N * K / 64 * 4), acc(M * N * 4), flags(K), seed(8);
+  fill_values(w.p, copies * N * K);
+  fill(codes.p, copies * N * K);
+  fill(absmax.p, 4 * N);
+  NATIVE_CUDA(cudaMemset(flags.p, 0, K));
+  NATIVE_CUDA(cudaMemset(seed.p, 1, 8));
+  NATIVE_CUDA(cudaMemset(acc.p, 1, M * N * 4));
+  const auto part = [](const Device& d, int64_t bytes, int i) { return static_cast<char*>(d.p) + bytes * i; };
+  time_case("quantize nf4 14336x4096 bf16", copies, 2.57 * N * K, [&](int i, cudaStream_t stream) {
+    QuantizeParams p;
+    p.N = N;
+    p.K = K;
+    p.dtype = DType::kBFloat16;
+    p.w = part(w, N * K * 2, i);
+    p.codes = part(codes, N * K / 2, i);
+    p.absmax = static_cast<float*>(absmax.p);
+    p.stream = stream;
+    cuda::quantize(p);
+  });
+  time_case("tile 14336x4096", copies, 1.0 * N * K, [&](int i, cudaStream_t stream) {
+    TileParams p;
+    p.N = N;
+    p.K = K;
+    p.from = reinterpret_cast<uint8_t*>(part(codes, N * K / 2, i));
+    p.to = static_cast<uint8_t*>(w.p) + i * (N * K / 2);
+    p.stream = stream;
+    cuda::tile(p);
+  });
+  time_case("dequantize int8 14336x4096", copies, 3.0 * N * K, [&](int i, cudaStream_t stream) {
+    DequantizeParams p;
+    p.w.format = Format::kInt8;
+    p.w.N = N;
+    p.w.K = K;
+    p.w.codes = part(codes, N * K, i);
+    p.w.scales = absmax.p;
+    p.row_end = N;
+    p.dtype = DType::kBFloat16;
+    p.out = part(w, N * K * 2, i);
+    p.stream = stream;
+    cuda::dequantize(p);
+  });
+  for (const int64_t tokens : {1, 8}) {
+    const std::string m = std::to_string(tokens);
+    WeightView view;
+    view.format = Format::kInt8;
+    view.N = N;
+    view.K = K;
+    view.scales = absmax.p;
+    time_case("fwd int8 weight-only 14336x4096 M=" + m, copies, 1.0 * N * K, [&](int i, cudaStream_t stream) {
+      QLinearFwdParams p;
+      p.w = view;
+      p.w.codes = part(codes, N * K, i);
+      p.M = tokens;
+      p.dtype = DType::kBFloat16;
+      p.x = w.p;
+      p.y = acc.p;
+      p.stream = stream;
+      cuda::qlinear_fwd(p);
+    });
+    time_case("int8_epilogue dp4a 14336x4096 M=" + m, copies, 1.0 * N * K, [&](int i, cudaStream_t stream) {
+      Int8EpilogueParams p;
+      p.w = view;
+      p.w.codes = part(codes, N * K, i);
+      p.M = tokens;
+      p.dtype = DType::kBFloat16;
+      p.q = static_cast<int8_t*>(codes.p);
+      p.scale = static_cast<float*>(absmax.p);
+      p.outlier = static_cast<uint8_t*>(flags.p);
+      p.x = w.p;
+      p.y = acc.p;
+      p.stream = stream;
+      cuda::int8_epilogue(p);
+    });
+  }
+  time_case("quantize_rows 2048x4096", copies, 3.0 * M * K, [&](int i, cudaStream_t stream) {
+    QuantizeRowsParams p;
+    p.M = M;
+    p.K = K;
+    p.dtype = DType::kBFloat16;
+    p.x = part(w, M * K * 2, i);
+    p.threshold = 6.0f;
+    p.q = reinterpret_cast<int8_t*>(part(codes, M * K, i));
+    p.scale = static_cast<float*>(absmax.p);
+    p.outlier = static_cast<uint8_t*>(flags.p);
+    p.stream = stream;
+    cuda::quantize_rows(p);
+  });
+  time_case("int8_epilogue acc 2048x14336", copies, 6.0 * M * N, [&](int i, cudaStream_t stream) {
+    Int8EpilogueParams p;
+    p.w.format = Format::kInt8;
+    p.w.N = N;
+    p.w.K = K;
+    p.w.codes = codes.p;
+    p.w.scales = absmax.p;
+    p.M = M;
+    p.dtype = DType::kBFloat16;
+    p.acc = static_cast<int32_t*>(acc.p);
+    p.q = static_cast<int8_t*>(codes.p);
+    p.scale = static_cast<float*>(absmax.p);
+    p.outlier = static_cast<uint8_t*>(flags.p);
+    p.x = w.p;
+    p.y = part(w, M * N * 2, i);
+    p.stream = stream;
+    cuda::int8_epilogue(p);
+  });
+  time_case("dropout 8192x4096 bf16", copies, 4.0 * 8192 * K, [&](int i, cudaStream_t stream) {
+    DropoutParams p;
+    p.count = 8192 * K;
+    p.dtype = DType::kBFloat16;
+    p.x = part(w, 8192 * K * 2, i);
+    p.p = 0.1f;
+    p.seed = static_cast<int64_t*>(seed.p);
+    p.y = part(codes, 8192 * K * 2, i % 3);
+    p.stream = stream;
+    cuda::dropout(p);
+  });
+}
+
+}  // namespace
+
+int main(int argc, char** argv) {
+  if (argc > 1) filter = argv[1];
+  cudaDeviceProp properties;
+  NATIVE_CUDA(cudaGetDeviceProperties(&properties, 0));
+  std::printf("%s\n", properties.name);
+  try {
+    bench_copy();
+    for (const Shape& s : kShapes) bench_shape(s);
+    bench_rest();
+  } catch (const Error& e) {
+    std::printf("%s\n", e.what());
+    return 1;
+  }
+  NATIVE_CUDA(cudaDeviceSynchronize());
+  return 0;
+}
