@@ -7,10 +7,17 @@ namespace fastpeft {
 
 namespace {
 
+// What csrc/cpu/blocked.cpp serves: 4-bit, scales in column order, computed in float32.
+bool cpu_simd_serves(const Problem& p) {
+  return p.cpu_lanes > 0 && is_4bit(p.format) && scales_by_column(p.K, p.blocksize) &&
+         p.dtype != DType::kFloat64;
+}
+
 // Tokens up to which one fused pass over the packed bytes wins over dequantise + matmul.
 int64_t fused_tokens(const Problem& p) {
-  if (p.arch == 0) return 4;
-  return 8;
+  if (p.arch != 0) return 8;
+  if (!cpu_simd_serves(p)) return 4;
+  return p.cpu_has_matrix_units && p.dtype != DType::kFloat32 ? 32 : INT64_MAX;
 }
 
 // What cuda/qlinear_wgmma.cu was written for, and whether it was compiled.

@@ -19,6 +19,11 @@ void set_parallel_for(ParallelFor);
 // (tests).
 const char* isa_name();
 
+// float32 lanes of the SIMD kernels in use (16, 8, or 0 for plain code).
+int simd_lanes();
+// 16-bit matrix units (AMX), which torch's own matmul drives.
+bool has_matrix_units();
+
 FASTPEFT_DECLARE_KERNELS
 
 }  // namespace fastpeft::cpu

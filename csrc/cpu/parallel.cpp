@@ -1,9 +1,14 @@
 #include "parallel.h"
 
+#if defined(__x86_64__)
+#include <cpuid.h>
+#endif
+
 #include <cstdlib>
 #include <cstring>
 
 #include "../core/check.h"
+#include "simd.h"
 
 namespace fastpeft::cpu {
 
@@ -14,6 +19,17 @@ void run_here(int64_t count, int64_t, void (*body)(void*, int64_t, int64_t), voi
 }
 
 ParallelFor g_parallel_for = run_here;
+
+#if defined(__x86_64__)
+// CPUID leaf 7, EDX bit 22; the system must also have enabled the tile registers (XCR0 bits 17, 18).
+bool has_amx_bf16() {
+  uint32_t a = 0, b = 0, c = 0, d = 0;
+  if (!__get_cpuid_count(7, 0, &a, &b, &c, &d) || !(d >> 22 & 1)) return false;
+  uint32_t low, high;
+  __asm__ volatile("xgetbv" : "=a"(low), "=d"(high) : "c"(0));
+  return (low >> 17 & 3) == 3;
+}
+#endif
 
 Isa machine_isa() {
 #if defined(__x86_64__)
@@ -58,6 +74,24 @@ void run_parallel(int64_t count, int64_t grain, void (*body)(void*, int64_t, int
 Isa isa() {
   static const Isa chosen = chosen_isa();
   return chosen;
+}
+
+const SimdKernels* simd_kernels() {
+  static const SimdKernels* const chosen = isa() >= Isa::kAvx512 ? avx512_kernels()
+                                           : isa() == Isa::kAvx2 ? avx2_kernels()
+                                                                 : nullptr;
+  return chosen;
+}
+
+int simd_lanes() { return simd_kernels() ? simd_kernels()->panel / 2 : 0; }
+
+bool has_matrix_units() {
+#if defined(__x86_64__)
+  static const bool has = isa() == Isa::kAvx512Bf16 && has_amx_bf16();
+  return has;
+#else
+  return false;
+#endif
 }
 
 const char* isa_name() {

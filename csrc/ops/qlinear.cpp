@@ -22,6 +22,10 @@ Plan plan_for(const Backend& backend, const WeightView& w, Direction direction, 
   problem.blocksize = w.blocksize;
   problem.arch = backend.arch();
   problem.sm_count = backend.sm_count();
+  if (!backend.is_cuda()) {
+    problem.cpu_lanes = cpu::simd_lanes();
+    problem.cpu_has_matrix_units = cpu::has_matrix_units();
+  }
   return make_plan(problem);
 }
 

@@ -1,0 +1,279 @@
+// Quantised linear layer in float32 over SimdKernels (16-bit tokens are widened first).
+//
+// Few tokens: one pass over the packed bytes, sums in registers. Bound: reading W (0.52 B a weight),
+// about 3.3 vector operations for 16 weights, so both at once on two AVX-512 ports.
+//
+// Many tokens: columns of the result (rows n of W forward, columns k backward) in units of 64, the
+// reduction in chunks of 256:
+//
+//            <--- 64 --->                      for unit, token block        (parallel)
+//      +-----------------+  ^                    for chunk of the reduction
+//      | panel | panel   | 256   decoded, L2       decode 64 x 256 weights
+//      +-----------------+  v                      for tile of <= 12 tokens
+//   x  | tile  | tile    |       registers           c tile += x tile * panel
+//      +-----------------+
+//
+// x is packed once as [tile][reduction][tokens of the tile], so a step of a register tile is two
+// vectors of W and one broadcast a token. Low-rank factors are one more chunk: panel = scaling B or A,
+// x = s or ds. Every sum has one order, whatever the threads and blocks.
+// Bound: the FMA units; decoding costs 2.2 clocks for 16 weights against half a clock a token.
+#include "blocked.h"
+
+#include <algorithm>
+#include <cstdlib>
+#include <memory>
+
+#include "numbers.h"
+#include "parallel.h"
+
+namespace fastpeft::cpu {
+
+namespace {
+
+constexpr int64_t kUnit = 64, kChunk = 256;
+
+struct Free {
+  void operator()(float* p) const { std::free(p); }
+};
+using Buffer = std::unique_ptr<float[], Free>;
+
+// Uninitialised, on a cache line.
+Buffer buffer(int64_t count) {
+  const size_t bytes = size_t(round_up<int64_t>(std::max<int64_t>(count, 1) * 4, 64));
+  float* p = static_cast<float*>(std::aligned_alloc(64, bytes));
+  FASTPEFT_CHECK(p, "no memory for a workspace of ", bytes, " bytes");
+  return Buffer(p);
+}
+
+const void* at(DType dtype, const void* base, int64_t element) {
+  return static_cast<const char*>(base) + element * dtype_bytes(dtype);
+}
+void* at(DType dtype, void* base, int64_t element) {
+  return static_cast<char*>(base) + element * dtype_bytes(dtype);
+}
+
+// [rows][width] of dtype -> float32 [rows][stride], zero padded.
+Buffer widened(const SimdKernels& k, DType dtype, const void* from, int64_t rows, int64_t width,
+               int64_t stride) {
+  Buffer to = buffer(rows * stride);
+  for (int64_t r = 0; r < rows; ++r) {
+    k.widen(dtype, at(dtype, from, r * width), &to[r * stride], width);
+    std::fill(&to[r * stride + width], &to[(r + 1) * stride], 0.0f);
+  }
+  return to;
+}
+
+// Tokens in tiles of nearly equal size: 16 become 8 + 8, not 12 + 4.
+struct Tiling {
+  int64_t M, count;
+  Tiling(int64_t tokens, int64_t widest) : M(tokens), count(ceil_div<int64_t>(tokens, widest)) {}
+  int64_t begin(int64_t tile) const { return tile * M / count; }
+  int64_t size(int64_t tile) const { return begin(tile + 1) - begin(tile); }
+};
+
+// [M][width] of dtype -> float32 [tile][depth][tokens of the tile], zero for width <= j < depth.
+Buffer packed(const SimdKernels& k, const Tiling& tiling, DType dtype, const void* from,
+              int64_t width, int64_t depth) {
+  Buffer to = buffer(tiling.M * depth);
+  parallel_for(tiling.count, ceil_div<int64_t>(4096, depth), [&](int64_t begin, int64_t end) {
+    float rows[kMaxTileTokens][kChunk];
+    for (int64_t tile = begin; tile < end; ++tile) {
+      const int64_t m0 = tiling.begin(tile), tokens = tiling.size(tile);
+      for (int64_t j0 = 0; j0 < depth; j0 += kChunk) {
+        const int64_t count = std::min(kChunk, depth - j0);
+        const int64_t inside = std::max<int64_t>(0, std::min(count, width - j0));
+        for (int64_t m = 0; m < tokens; ++m) {
+          k.widen(dtype, at(dtype, from, (m0 + m) * width + j0), rows[m], inside);
+          std::fill(rows[m] + inside, rows[m] + count, 0.0f);
+        }
+        float* out = &to[m0 * depth + j0 * tokens];
+        for (int64_t j = 0; j < count; ++j)
+          for (int64_t m = 0; m < tokens; ++m) *out++ = rows[m][j];
+      }
+    }
+  });
+  return to;
+}
+
+// One blocked product c [M][columns] = sum over `depth` of x times panels, plus a low-rank chunk.
+struct Product {
+  const SimdKernels& k;
+  DType dtype;
+  int64_t columns, depth, rank;  // depth padded; rank 0: no low-rank chunk
+  Tiling tiling;
+  const float* x;         // packed, depth
+  const float* low_rank;  // packed, rank
+  const float* bias;      // [columns] or null
+  void* out;              // [M][columns]
+
+  int64_t sub_stride() const { return kChunk * k.panel; }
+
+  // Tokens a task works on: fewer when there are few units, so that every thread gets some.
+  int64_t tiles_per_block() const {
+    const int64_t units = ceil_div(columns, kUnit);
+    return std::max<int64_t>(1, (units >= 16 ? 512 : units >= 8 ? 256 : 96) / k.tile_tokens);
+  }
+
+  void add_chunk(const float* panels, const float* tokens, int64_t tokens_depth, int64_t first,
+                 int64_t count, int64_t tile_begin, int64_t tile_end, float* c, bool adds) const {
+    const int64_t m_first = tiling.begin(tile_begin);
+    for (int64_t tile = tile_begin; tile < tile_end; ++tile) {
+      const int64_t m0 = tiling.begin(tile), size = tiling.size(tile);
+      const float* x_tile = tokens + m0 * tokens_depth + first * size;
+      for (int64_t sub = 0; sub * k.panel < kUnit; ++sub)
+        k.tile[size](count, panels + sub * sub_stride(), x_tile,
+                     c + (m0 - m_first) * kUnit + sub * k.panel, kUnit, adds);
+    }
+  }
+
+  void finish(int64_t unit, int64_t tile_begin, int64_t tile_end, float* c) const {
+    const int64_t first = unit * kUnit, width = std::min(kUnit, columns - first);
+    for (int64_t m = tiling.begin(tile_begin); m < tiling.begin(tile_end); ++m, c += kUnit) {
+      for (int64_t i = 0; bias && i < width; ++i) c[i] += bias[first + i];
+      k.narrow(dtype, c, at(dtype, out, m * columns + first), width);
+    }
+  }
+
+  // decode(unit, first, count, panels): reduction first ... first + count of the unit's columns;
+  // factor(unit, first, count, panels): the same for the low-rank factor.
+  template <class Decode, class Factor>
+  void run(const Decode& decode, const Factor& factor) const {
+    const int64_t units = ceil_div(columns, kUnit), per_block = tiles_per_block();
+    const int64_t blocks = ceil_div(tiling.count, per_block);
+    parallel_for(units * blocks, 1, [&](int64_t begin, int64_t end) {
+      const Buffer panels = buffer(kUnit * kChunk);
+      const Buffer c = buffer(per_block * k.tile_tokens * kUnit);
+      for (int64_t task = begin; task < end; ++task) {
+        const int64_t unit = task / blocks, tile_begin = task % blocks * per_block;
+        const int64_t tile_end = std::min(tiling.count, tile_begin + per_block);
+        for (int64_t j = 0; j < depth; j += kChunk) {
+          const int64_t count = std::min(kChunk, depth - j);
+          decode(unit, j, count, panels.get());
+          add_chunk(panels.get(), x, depth, j, count, tile_begin, tile_end, c.get(), j > 0);
+        }
+        for (int64_t j = 0; j < rank; j += kChunk) {
+          const int64_t count = std::min(kChunk, rank - j);
+          factor(unit, j, count, panels.get());
+          add_chunk(panels.get(), low_rank, rank, j, count, tile_begin, tile_end, c.get(), true);
+        }
+        finish(unit, tile_begin, tile_end, c.get());
+      }
+    });
+  }
+};
+
+// Strips a piece of work should hold at least, so that waking a thread pays.
+int64_t grain_strips(int64_t weights_per_strip, int64_t M) {
+  return ceil_div<int64_t>(131072, weights_per_strip * (M + 3));
+}
+
+}  // namespace
+
+void few_tokens_fwd(const SimdKernels& k, const QLinearFwdParams& p) {
+  const int64_t M = p.M, N = p.w.N, K = p.w.K, R = p.s ? p.R : 0;
+  const int64_t Kp = round_up<int64_t>(K, kTileK);
+  const Buffer x = widened(k, p.dtype, p.x, M, K, Kp);
+  const Buffer s = widened(k, p.dtype, p.s, R ? M : 0, R, R);
+  parallel_for(ceil_div<int64_t>(N, 16), grain_strips(16 * Kp, M), [&](int64_t begin, int64_t end) {
+    alignas(64) float y[kMaxFewTokens * 16], bias[16] = {};
+    const Buffer b = buffer(16 * R);
+    for (int64_t strip = begin; strip < end; ++strip) {
+      const int64_t n0 = strip * 16, rows = std::min<int64_t>(16, N - n0);
+      k.few_fwd[M](p.w, strip, x.get(), Kp, y);
+      if (R) k.widen(p.dtype, at(p.dtype, p.lora_b, n0 * R), b.get(), rows * R);
+      if (p.bias) k.widen(p.dtype, at(p.dtype, p.bias, n0), bias, rows);
+      for (int64_t m = 0; m < M; ++m) {
+        for (int64_t n = 0; n < rows; ++n) {
+          float part[4] = {};
+          for (int64_t r = 0; r < R; ++r) part[r % 4] += s[m * R + r] * b[n * R + r];
+          const float low_rank = (part[0] + part[1]) + (part[2] + part[3]);
+          y[m * 16 + n] += p.scaling * low_rank + bias[n];
+        }
+        k.narrow(p.dtype, y + m * 16, at(p.dtype, p.y, m * N + n0), rows);
+      }
+    }
+  });
+}
+
+void few_tokens_dgrad(const SimdKernels& k, const QLinearDgradParams& p) {
+  const int64_t M = p.M, N = p.w.N, K = p.w.K, R = p.ds ? p.R : 0;
+  const int64_t Np = round_up<int64_t>(N, kTileN), strips = ceil_div<int64_t>(K, kTileK);
+  const int64_t chunk = M <= 4 ? 16 : 8;  // strips whose sums stay in L1
+  const Buffer dy = widened(k, p.dtype, p.dy, M, N, Np);
+  const Buffer ds = widened(k, p.dtype, p.ds, R ? M : 0, R, R);
+  parallel_for(strips, grain_strips(64 * Np, M), [&](int64_t begin, int64_t end) {
+    const Buffer dx = buffer(M * chunk * 64), sum = buffer(chunk * 64);
+    const Buffer a = buffer(R ? 16 * chunk * 64 : 0);
+    for (int64_t first = begin; first < end; first += chunk) {
+      const int64_t last = std::min(end, first + chunk), k0 = first * 64;
+      const int64_t width = std::min(K, last * 64) - k0, stride = chunk * 64;
+      k.few_dgrad[M](p.w, first, last, dy.get(), Np, dx.get(), stride);
+      for (int64_t r0 = 0; r0 < R; r0 += 16) {
+        const int64_t ranks = std::min<int64_t>(16, R - r0);
+        for (int64_t r = 0; r < ranks; ++r)
+          k.widen(p.dtype, at(p.dtype, p.lora_a, (r0 + r) * K + k0), &a[r * stride], width);
+        for (int64_t m = 0; m < M; ++m) {
+          std::fill(sum.get(), sum.get() + width, 0.0f);
+          for (int64_t r = 0; r < ranks; ++r)
+            for (int64_t i = 0; i < width; ++i) sum[i] += ds[m * R + r0 + r] * a[r * stride + i];
+          for (int64_t i = 0; i < width; ++i) dx[m * stride + i] += sum[i];
+        }
+      }
+      for (int64_t m = 0; m < M; ++m)
+        k.narrow(p.dtype, &dx[m * stride], at(p.dtype, p.dx, m * K + k0), width);
+    }
+  });
+}
+
+void many_tokens_fwd(const SimdKernels& k, const QLinearFwdParams& p) {
+  const int64_t N = p.w.N, R = p.s ? p.R : 0, Kp = round_up<int64_t>(p.w.K, kTileK);
+  const Tiling tiling(p.M, k.tile_tokens);
+  const Buffer x = packed(k, tiling, p.dtype, p.x, p.w.K, Kp);
+  const Buffer s = R ? packed(k, tiling, p.dtype, p.s, R, R) : Buffer();
+  const Buffer bias = p.bias ? widened(k, p.dtype, p.bias, 1, N, N) : Buffer();
+  const Product product{k, p.dtype, N, Kp, R, tiling, x.get(), s.get(), bias.get(), p.y};
+  const int64_t strips_n = ceil_div<int64_t>(N, kTileN);
+  product.run(
+      [&](int64_t unit, int64_t first, int64_t count, float* panels) {
+        for (int64_t i = 0; i < kUnit / 16 && unit * 4 + i < strips_n; ++i) {
+          float* out = panels + i * 16 / k.panel * product.sub_stride() + i * 16 % k.panel;
+          for (int64_t j = 0; j < count; j += 64)
+            k.decode_columns(p.w, unit * 4 + i, (first + j) / 64, out + j * k.panel, k.panel);
+        }
+      },
+      [&](int64_t unit, int64_t first, int64_t count, float* panels) {
+        float row[kChunk];
+        for (int64_t i = 0; i < std::min(kUnit, N - unit * kUnit); ++i) {
+          k.widen(p.dtype, at(p.dtype, p.lora_b, (unit * kUnit + i) * R + first), row, count);
+          float* out = panels + i / k.panel * product.sub_stride() + i % k.panel;
+          for (int64_t r = 0; r < count; ++r) out[r * k.panel] = p.scaling * row[r];
+        }
+      });
+}
+
+void many_tokens_dgrad(const SimdKernels& k, const QLinearDgradParams& p) {
+  const int64_t N = p.w.N, K = p.w.K, R = p.ds ? p.R : 0, Np = round_up<int64_t>(N, kTileN);
+  const Tiling tiling(p.M, k.tile_tokens);
+  const Buffer dy = packed(k, tiling, p.dtype, p.dy, N, Np);
+  const Buffer ds = R ? packed(k, tiling, p.dtype, p.ds, R, R) : Buffer();
+  const Product product{k, p.dtype, K, Np, R, tiling, dy.get(), ds.get(), nullptr, p.dx};
+  product.run(
+      [&](int64_t unit, int64_t first, int64_t count, float* panels) {
+        for (int64_t j = 0; j < count; j += 16)
+          k.decode_rows(p.w, (first + j) / 16, unit, panels + j * k.panel, k.panel,
+                        product.sub_stride());
+      },
+      [&](int64_t unit, int64_t first, int64_t count, float* panels) {
+        float row[kUnit];
+        const int64_t width = std::min(kUnit, K - unit * kUnit);
+        for (int64_t r = 0; r < count; ++r) {
+          k.widen(p.dtype, at(p.dtype, p.lora_a, (first + r) * K + unit * kUnit), row, width);
+          std::fill(row + width, row + kUnit, 0.0f);
+          for (int64_t i = 0; i < kUnit; i += k.panel)
+            std::copy(row + i, row + i + k.panel,
+                      panels + i / k.panel * product.sub_stride() + r * k.panel);
+        }
+      });
+}
+
+}  // namespace fastpeft::cpu

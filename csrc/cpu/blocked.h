@@ -1,0 +1,13 @@
+// The quantised linear layer over SimdKernels: few tokens in registers, many tokens as a blocked
+// matmul whose panels of W are decoded into cache, never as a whole. See blocked.cpp.
+#pragma once
+#include "simd.h"
+
+namespace fastpeft::cpu {
+
+void few_tokens_fwd(const SimdKernels& k, const QLinearFwdParams& p);
+void few_tokens_dgrad(const SimdKernels& k, const QLinearDgradParams& p);
+void many_tokens_fwd(const SimdKernels& k, const QLinearFwdParams& p);
+void many_tokens_dgrad(const SimdKernels& k, const QLinearDgradParams& p);
+
+}  // namespace fastpeft::cpu

@@ -1,0 +1,54 @@
+// The SIMD kernels of one instruction set, as a table of functions chosen once at run time.
+// simd_avx512.cpp and simd_avx2.cpp bring the vector primitives, simd_kernels.inl the kernels over
+// them. Everything computes in float32; lanes run over rows n of W forward and columns k backward,
+// so a decoded vector meets one broadcast activation a token and nothing is summed across lanes.
+#pragma once
+#include <cstdint>
+
+#include "../core/params.h"
+
+namespace fastpeft::cpu {
+
+constexpr int kMaxFewTokens = 8;    // tokens of the kernels that keep all sums in registers
+constexpr int kMaxTileTokens = 12;  // tokens of the widest register tile
+
+struct SimdKernels {
+  int panel;        // columns of a register tile: two vectors
+  int tile_tokens;  // tokens of the widest register tile
+
+  // y [M][16] of strip row strip_n; x [M][x_stride], zero padded to a multiple of 64. M in 1 ... 8.
+  void (*few_fwd[kMaxFewTokens + 1])(const WeightView& w, int64_t strip_n, const float* x,
+                                     int64_t x_stride, float* y);
+  // dx [M][dx_stride], overwritten: columns 64 begin ... 64 end; dy [M][dy_stride] zero padded to
+  // a multiple of 16. M in 1 ... 8.
+  void (*few_dgrad[kMaxFewTokens + 1])(const WeightView& w, int64_t begin, int64_t end,
+                                       const float* dy, int64_t dy_stride, float* dx,
+                                       int64_t dx_stride);
+
+  // The exact weight of one strip: out[k * stride + n], k in 0 ... 63, n in 0 ... 15 ...
+  void (*decode_columns)(const WeightView& w, int64_t strip_n, int64_t strip_k, float* out,
+                         int64_t stride);
+  // ... or out[(k / panel) * panel_stride + n * stride + k % panel].
+  void (*decode_rows)(const WeightView& w, int64_t strip_n, int64_t strip_k, float* out,
+                      int64_t stride, int64_t panel_stride);
+
+  // c [T][c_stride] (+)= x^T panel: panel [depth][panel], x [depth][T], T = index of the entry.
+  void (*tile[kMaxTileTokens + 1])(int64_t depth, const float* panel, const float* x, float* c,
+                                   int64_t c_stride, bool adds);
+
+  void (*widen)(DType dtype, const void* from, float* to, int64_t count);
+  void (*narrow)(DType dtype, const float* from, void* to, int64_t count);  // nearest even
+};
+
+// Null where the machine has none (or FASTPEFT_CPU_ISA says plain).
+const SimdKernels* simd_kernels();
+
+// What the kernels above serve: 4-bit, scales in column order.
+inline bool simd_serves(const WeightView& w) {
+  return is_4bit(w.format) && scales_by_column(w.K, w.blocksize);
+}
+
+const SimdKernels* avx512_kernels();  // null when not compiled for x86-64
+const SimdKernels* avx2_kernels();
+
+}  // namespace fastpeft::cpu

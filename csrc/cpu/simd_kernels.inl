@@ -1,0 +1,271 @@
+// The kernels of simd.h over the vector primitives of one instruction set. Included once by each
+// simd_<isa>.cpp, which defines before:
+//   SIMD                     the function target attribute
+//   Vec, kLanes              a vector of float32
+//   load, store, broadcast, zero, mul, add, fma
+//   Table, load_table, lookup(table, Bits), Bits: codebook lookup by the low 4 bits of each lane
+//   shift<n>(Bits)           logical right shift
+//   load_columns(tile, bits) bits[c][v], c in 0 ... 3: lanes n of vector v; after a shift by 0, 4,
+//                            16, 20 the low nibble is the code of column 2c, 2c+1, 2c+8, 2c+9
+//   load_row_pair(row, bits) bits[v]: lanes k of vector v; after a shift by 0, 8 the low nibble is
+//                            the code of the even, odd row of the pair stored at `row` (16 bytes)
+//   nested_scales(...)       16 double-quantised scales
+
+constexpr int kVecs = 16 / kLanes;   // vectors for the 16 rows or columns of a tile
+constexpr int kPanel = 2 * kLanes;   // columns of a register tile
+
+// Strips of a weight and the scales of their rows. A strip has one scale a row when blocksize >= 64
+// and two when it is 32; blocks that begin beyond K (K % 64 != 0) have scale 0.
+struct StripReader {
+  const WeightView& w;
+  const float* table;
+  int64_t Np, blocks, strips_k;
+  int tiles_per_block;  // tiles of a strip that share a scale
+
+  SIMD explicit StripReader(const WeightView& view)
+      : w(view),
+        table(code_table(view.format)),
+        Np(round_up<int64_t>(view.N, kTileN)),
+        blocks(view.K / view.blocksize),
+        strips_k(ceil_div<int64_t>(view.K, kTileK)),
+        tiles_per_block(view.blocksize >= 64 ? 4 : 2) {}
+
+  SIMD const uint8_t* strip(int64_t strip_n, int64_t strip_k) const {
+    return static_cast<const uint8_t*>(w.codes) + (strip_n * strips_k + strip_k) * kStripBytes;
+  }
+
+  // scale[16] of the rows of strip_n for the block that holds column k.
+  SIMD void scales(int64_t strip_n, int64_t k, float* scale) const {
+    const int64_t block = k / w.blocksize;
+    if (block >= blocks) {
+      for (int v = 0; v < kVecs; ++v) store(scale + v * kLanes, zero());
+    } else if (w.nested) {
+      const uint8_t* q = static_cast<const uint8_t*>(w.scales) + block * Np + strip_n * 16;
+      nested_scales(q, w.nested, strip_n * 16 * blocks + block, blocks,
+                    block_count(w.N, w.K, w.blocksize) - 1, scale);
+    } else {
+      const float* from = static_cast<const float*>(w.scales) + block * Np + strip_n * 16;
+      for (int v = 0; v < kVecs; ++v) store(scale + v * kLanes, load(from + v * kLanes));
+    }
+  }
+};
+
+// ---- few tokens, forward: sums of one strip row in registers; the scale meets the sum of a block,
+// not every weight. kParts chains a sum keep the FMA units busy when M is small.
+template <int M>
+SIMD void few_fwd(const WeightView& w, int64_t strip_n, const float* x, int64_t x_stride,
+                  float* y) {
+  constexpr int kParts = M * kVecs >= 4 ? 1 : 4 / (M * kVecs);
+  const StripReader reader(w);
+  const Table table = load_table(reader.table);
+  Vec total[M][kVecs];
+  for (int m = 0; m < M; ++m)
+    for (int v = 0; v < kVecs; ++v) total[m][v] = zero();
+  alignas(64) float scale[16];
+  for (int64_t strip_k = 0; strip_k < reader.strips_k; ++strip_k) {
+    const uint8_t* strip = reader.strip(strip_n, strip_k);
+    for (int first = 0; first < 4; first += reader.tiles_per_block) {
+      Vec part[kParts][M][kVecs];
+      UNROLL for (int p = 0; p < kParts; ++p) {
+        UNROLL for (int m = 0; m < M; ++m) {
+          UNROLL for (int v = 0; v < kVecs; ++v) part[p][m][v] = zero();
+        }
+      }
+      for (int t = first; t < first + reader.tiles_per_block; ++t) {
+        Bits bits[4][kVecs];
+        load_columns(strip + t * kTileBytes, bits);
+        const float* xt = x + strip_k * 64 + t * 16;
+        UNROLL for (int c = 0; c < 4; ++c) {
+          UNROLL for (int v = 0; v < kVecs; ++v) {
+            const Vec w0 = lookup(table, bits[c][v]), w1 = lookup(table, shift<4>(bits[c][v]));
+            const Vec w8 = lookup(table, shift<16>(bits[c][v]));
+            const Vec w9 = lookup(table, shift<20>(bits[c][v]));
+            UNROLL for (int m = 0; m < M; ++m) {
+              const float* xm = xt + m * x_stride + 2 * c;
+              part[0][m][v] = fma(w0, broadcast(xm), part[0][m][v]);
+              part[1 % kParts][m][v] = fma(w1, broadcast(xm + 1), part[1 % kParts][m][v]);
+              part[2 % kParts][m][v] = fma(w8, broadcast(xm + 8), part[2 % kParts][m][v]);
+              part[3 % kParts][m][v] = fma(w9, broadcast(xm + 9), part[3 % kParts][m][v]);
+            }
+          }
+        }
+      }
+      reader.scales(strip_n, strip_k * 64 + first * 16, scale);
+      UNROLL for (int v = 0; v < kVecs; ++v) {
+        const Vec s = load(scale + v * kLanes);
+        UNROLL for (int m = 0; m < M; ++m) {
+          UNROLL for (int p = 1; p < kParts; ++p) part[0][m][v] = add(part[0][m][v], part[p][m][v]);
+          total[m][v] = fma(part[0][m][v], s, total[m][v]);
+        }
+      }
+    }
+  }
+  for (int m = 0; m < M; ++m)
+    for (int v = 0; v < kVecs; ++v) store(y + m * 16 + v * kLanes, total[m][v]);
+}
+
+// ---- few tokens, input gradient: the scale is taken into dy, 16 products a strip and token. Sums
+// of a tile stay in registers over its 16 rows, then join dx (in L1): short chains round less.
+template <int M>
+SIMD void few_dgrad(const WeightView& w, int64_t begin, int64_t end, const float* dy,
+                    int64_t dy_stride, float* dx, int64_t dx_stride) {
+  const StripReader reader(w);
+  const Table table = load_table(reader.table);
+  alignas(64) float scale[16], scaled[M][16];
+  for (int m = 0; m < M; ++m)
+    for (int64_t k = 0; k < (end - begin) * 64; k += kLanes) store(dx + m * dx_stride + k, zero());
+  for (int64_t strip_n = 0; strip_n * 16 < w.N; ++strip_n) {
+    for (int64_t strip_k = begin; strip_k < end; ++strip_k) {
+      const uint8_t* strip = reader.strip(strip_n, strip_k);
+      for (int t = 0; t < 4; ++t) {
+        if (t % reader.tiles_per_block == 0) {
+          reader.scales(strip_n, strip_k * 64 + t * 16, scale);
+          UNROLL for (int v = 0; v < kVecs; ++v) {
+            const Vec s = load(scale + v * kLanes);
+            UNROLL for (int m = 0; m < M; ++m)
+              store(scaled[m] + v * kLanes,
+                    mul(load(dy + m * dy_stride + strip_n * 16 + v * kLanes), s));
+          }
+        }
+        float* out = dx + (strip_k - begin) * 64 + t * 16;
+        Vec sum[M][kVecs];
+        UNROLL for (int m = 0; m < M; ++m) {
+          UNROLL for (int v = 0; v < kVecs; ++v) sum[m][v] = zero();
+        }
+        UNROLL for (int p = 0; p < 8; ++p) {
+          Bits bits[kVecs];
+          load_row_pair(strip + t * kTileBytes + kPairPlace[p] * 16, bits);
+          UNROLL for (int v = 0; v < kVecs; ++v) {
+            const Vec even = lookup(table, bits[v]), odd = lookup(table, shift<8>(bits[v]));
+            UNROLL for (int m = 0; m < M; ++m) {
+              sum[m][v] = fma(even, broadcast(scaled[m] + 2 * p), sum[m][v]);
+              sum[m][v] = fma(odd, broadcast(scaled[m] + 2 * p + 1), sum[m][v]);
+            }
+          }
+        }
+        UNROLL for (int m = 0; m < M; ++m) {
+          UNROLL for (int v = 0; v < kVecs; ++v) {
+            float* to = out + m * dx_stride + v * kLanes;
+            store(to, add(load(to), sum[m][v]));
+          }
+        }
+      }
+    }
+  }
+}
+
+// ---- decoding a strip into a panel
+SIMD void decode_columns(const WeightView& w, int64_t strip_n, int64_t strip_k, float* out,
+                         int64_t stride) {
+  const StripReader reader(w);
+  const Table table = load_table(reader.table);
+  const uint8_t* strip = reader.strip(strip_n, strip_k);
+  alignas(64) float scale[16];
+  for (int t = 0; t < 4; ++t) {
+    if (t % reader.tiles_per_block == 0) reader.scales(strip_n, strip_k * 64 + t * 16, scale);
+    Bits bits[4][kVecs];
+    load_columns(strip + t * kTileBytes, bits);
+    UNROLL for (int c = 0; c < 4; ++c) {
+      UNROLL for (int v = 0; v < kVecs; ++v) {
+        const Vec s = load(scale + v * kLanes);
+        float* to = out + (t * 16 + 2 * c) * stride + v * kLanes;
+        store(to, mul(lookup(table, bits[c][v]), s));
+        store(to + stride, mul(lookup(table, shift<4>(bits[c][v])), s));
+        store(to + 8 * stride, mul(lookup(table, shift<16>(bits[c][v])), s));
+        store(to + 9 * stride, mul(lookup(table, shift<20>(bits[c][v])), s));
+      }
+    }
+  }
+}
+
+SIMD void decode_rows(const WeightView& w, int64_t strip_n, int64_t strip_k, float* out,
+                      int64_t stride, int64_t panel_stride) {
+  const StripReader reader(w);
+  const Table table = load_table(reader.table);
+  const uint8_t* strip = reader.strip(strip_n, strip_k);
+  alignas(64) float scale[16];
+  for (int t = 0; t < 4; ++t) {
+    if (t % reader.tiles_per_block == 0) reader.scales(strip_n, strip_k * 64 + t * 16, scale);
+    float* tile = out + t * 16 / kPanel * panel_stride + t * 16 % kPanel;
+    UNROLL for (int p = 0; p < 8; ++p) {
+      Bits bits[kVecs];
+      load_row_pair(strip + t * kTileBytes + kPairPlace[p] * 16, bits);
+      UNROLL for (int v = 0; v < kVecs; ++v) {
+        float* to = tile + 2 * p * stride + v * kLanes;
+        store(to, mul(lookup(table, bits[v]), broadcast(scale + 2 * p)));
+        store(to + stride, mul(lookup(table, shift<8>(bits[v])), broadcast(scale + 2 * p + 1)));
+      }
+    }
+  }
+}
+
+// ---- register tile of T tokens x 2 vectors
+template <int T>
+SIMD void register_tile(int64_t depth, const float* panel, const float* x, float* c,
+                        int64_t c_stride, bool adds) {
+  Vec sum[T][2];
+  UNROLL for (int m = 0; m < T; ++m) sum[m][0] = sum[m][1] = zero();
+  for (int64_t j = 0; j < depth; ++j, panel += kPanel, x += T) {
+    const Vec w0 = load(panel), w1 = load(panel + kLanes);
+    UNROLL for (int m = 0; m < T; ++m) {
+      const Vec xm = broadcast(x + m);
+      sum[m][0] = fma(w0, xm, sum[m][0]);
+      sum[m][1] = fma(w1, xm, sum[m][1]);
+    }
+  }
+  UNROLL for (int m = 0; m < T; ++m) {
+    UNROLL for (int v = 0; v < 2; ++v) {
+      float* to = c + m * c_stride + v * kLanes;
+      store(to, adds ? add(load(to), sum[m][v]) : sum[m][v]);
+    }
+  }
+}
+
+// ---- 16-bit floats
+SIMD void widen(DType dtype, const void* from, float* to, int64_t count) {
+  int64_t i = 0;
+  if (dtype == DType::kFloat32) {
+    std::memcpy(to, from, size_t(count) * sizeof(float));
+    return;
+  }
+  const uint16_t* half = static_cast<const uint16_t*>(from);
+  const bool is_bf16 = dtype == DType::kBFloat16;
+  for (; i + kLanes <= count; i += kLanes)
+    store(to + i, is_bf16 ? load_bf16(half + i) : load_f16(half + i));
+  for (; i < count; ++i)
+    to[i] = is_bf16 ? to_float(BFloat16{half[i]}) : to_float(Float16{half[i]});
+}
+
+SIMD void narrow(DType dtype, const float* from, void* to, int64_t count) {
+  int64_t i = 0;
+  if (dtype == DType::kFloat32) {
+    std::memcpy(to, from, size_t(count) * sizeof(float));
+    return;
+  }
+  uint16_t* half = static_cast<uint16_t*>(to);
+  const bool is_bf16 = dtype == DType::kBFloat16;
+  for (; i + kLanes <= count; i += kLanes)
+    is_bf16 ? store_bf16(half + i, load(from + i)) : store_f16(half + i, load(from + i));
+  for (; i < count; ++i)
+    half[i] = is_bf16 ? from_float(Tag<BFloat16>{}, from[i]).bits
+                      : from_float(Tag<Float16>{}, from[i]).bits;
+}
+
+template <int... M>
+constexpr SimdKernels make_kernels(std::integer_sequence<int, M...>) {
+  SimdKernels k{};
+  k.panel = kPanel;
+  k.tile_tokens = kTileTokens;
+  ((k.few_fwd[M + 1] = few_fwd<M + 1>), ...);
+  ((k.few_dgrad[M + 1] = few_dgrad<M + 1>), ...);
+  k.decode_columns = decode_columns;
+  k.decode_rows = decode_rows;
+  k.widen = widen;
+  k.narrow = narrow;
+  return k;
+}
+
+template <int... T>
+constexpr void add_tiles(SimdKernels& k, std::integer_sequence<int, T...>) {
+  ((k.tile[T + 1] = register_tile<T + 1>), ...);
+}
