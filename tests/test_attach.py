@@ -350,3 +350,51 @@ def test_failed_attach_changes_nothing():
             fastpeft.attach(model, config)
         tiny.assert_same(before, tiny.fingerprint(model))
         assert set(vars(model)) == keys
+
+
+# ---- with the rest of torch and transformers
+
+
+@pytest.mark.parametrize("format", [None, "nf4"])
+def test_whole_model_compiles_without_a_break(format):
+    model = tiny.llama(layers=1).train()
+    if format:
+        fastpeft.quantize(model, format)
+    fastpeft.attach(model, lora(init_lora_weights=False, modules_to_save=final_norm("llama")))
+    value = tiny.loss(model)
+    value.backward()
+    wanted = {k: p.grad.clone() for k, p in model.named_parameters() if p.requires_grad}
+    model.zero_grad()
+    compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
+    again = compiled(tiny.tokens(), labels=tiny.tokens()).loss
+    again.backward()
+    torch.testing.assert_close(again, value)
+    for key, parameter in model.named_parameters():
+        if parameter.requires_grad:
+            torch.testing.assert_close(parameter.grad, wanted[key], atol=1e-6, rtol=1e-5, msg=key)
+
+
+def test_generates_as_the_merged_model_does(name):
+    model = build(name, "nf4")
+    fastpeft.attach(model, lora(init_lora_weights=False))
+    options = {"max_new_tokens": 6, "do_sample": False, "pad_token_id": 0}
+    text = model.generate(tiny.tokens(), **options)
+    fastpeft.merge(model)
+    assert torch.equal(model.generate(tiny.tokens(), **options), text)
+
+
+def test_later_adapters_cost_what_the_first_cost(monkeypatch):
+    """Attaching walks the bare model alone: it visits as many modules as the first time."""
+    model, real = build("llama"), nn.Module.named_modules
+    visited: list[int] = []
+
+    def counting(self, *args, **kwargs):
+        for item in real(self, *args, **kwargs):
+            visited[-1] += 1
+            yield item
+
+    monkeypatch.setattr(nn.Module, "named_modules", counting)
+    for index in range(12):
+        visited.append(0)
+        fastpeft.attach(model, lora(r=2), f"a{index}")
+    assert visited[-1] <= visited[1] + 2, visited

@@ -113,8 +113,8 @@ def detach(model: nn.Module, name: str | None = None) -> nn.Module:
 def activate(model: nn.Module, names: str | Iterable[str] | None) -> nn.Module:
     """Choose which adapters take part: one name, several, or None for the bare base.
 
-    The parameters of the chosen ones get gradients (unless attached with trainable=False);
-    everything else is frozen.
+    The parameters of the chosen ones get gradients (unless attached with trainable=False), those of
+    the others do not.
 
     Raises:
         AdapterError: a name that is not attached, or the same twice; StateError: an adapter is
@@ -132,13 +132,11 @@ def activate(model: nn.Module, names: str | Iterable[str] | None) -> nn.Module:
         )
     _refuse_merged(state, "activate adapters")
     switch(model, state, wanted)
-    state.active = wanted
-    trained: set[int] = set()
+    before, state.active = state.active, wanted
+    for name in before:
+        _let_train(model, name, False)
     for name in wanted:
-        if state.adapters[name].trainable:
-            trained.update(id(p) for p in adapter_parameters(model, name).values())
-    for parameter in model.parameters():
-        parameter.requires_grad_(id(parameter) in trained)
+        _let_train(model, name, state.adapters[name].trainable)
     return model
 
 
@@ -182,8 +180,12 @@ def add(model: nn.Module, config: Any, name: str, trainable: bool = True) -> Non
         _set_flags(model, flags)
         raise
     copies.add_copies(saved, name)
+    if not state.adapters:
+        for _, parameter in plain_parameters(model):
+            parameter.requires_grad_(False)
     state.adapters[name] = Attached(method.name, resolved, trainable)
     model.__dict__[_STATE] = state
+    _let_train(model, name, False)
     checkpointing.add_hooks(model)
 
 
@@ -282,6 +284,12 @@ def named(model: nn.Module, name: str | None) -> tuple[State, str]:
             near_names(str(name), state.adapters),
         )
     return state, name
+
+
+def _let_train(model: nn.Module, name: str, flag: bool) -> None:
+    """Set the gradient flag of what adapter `name` trains."""
+    for parameter in adapter_parameters(model, name).values():
+        parameter.requires_grad_(flag)
 
 
 def _set_flags(model: nn.Module, flags: dict[str, bool]) -> None:

@@ -113,8 +113,9 @@ def quantize(
 def _plan(model: nn.Module, skip: tuple[str, ...], report: QuantizeReport) -> deque[Place]:
     """The layers to convert; the report learns what is left and why."""
     work: deque[Place] = deque()
+    owners = _owners(model)
     for place in linear_places(model):
-        why = _reason_to_skip(model, place, skip)
+        why = _reason_to_skip(place, skip, owners)
         if why is None:
             work.append(place)
         else:
@@ -201,14 +202,16 @@ def _refuse_meta(work: Iterable[Place]) -> None:
             )
 
 
-def _reason_to_skip(model: nn.Module, place: Place, skip: tuple[str, ...]) -> str | None:
+def _reason_to_skip(
+    place: Place, skip: tuple[str, ...], owners: dict[int, list[str]]
+) -> str | None:
     dotted = f".{place.name}."
     for word in skip:
         if f".{word}." in dotted:
             return f"'{word}' is in skip"
     if place.wrapper(TrainedCopy) is not None:
         return "it is trained whole (modules_to_save)"
-    sharers = _sharers(model, place)
+    sharers = [name for name in owners[id(place.module.weight)] if name != place.name]
     if sharers:
         return f"it shares its weight with '{sharers[0]}'"
     module = place.module
@@ -217,14 +220,14 @@ def _reason_to_skip(model: nn.Module, place: Place, skip: tuple[str, ...]) -> st
     return None
 
 
-def _sharers(model: nn.Module, place: Place) -> list[str]:
-    weight = place.module.weight
-    return [
-        other.name
-        for other in places(model)
-        if other.module is not place.module
-        and any(p is weight for p in other.module._parameters.values())
-    ]
+def _owners(model: nn.Module) -> dict[int, list[str]]:
+    """{id of a parameter: plain names of the modules that hold it}."""
+    found: dict[int, list[str]] = {}
+    for place in places(model):
+        for parameter in place.module._parameters.values():
+            if parameter is not None:
+                found.setdefault(id(parameter), []).append(place.name)
+    return found
 
 
 def _note_others(model: nn.Module, report: QuantizeReport) -> None:

@@ -150,11 +150,11 @@ def linear_places(model: nn.Module) -> list[Place]:
     """All linear layers, without those nn.MultiheadAttention owns: it reads their weight and never
     calls them.
     """
-    inside: set[int] = set()
-    for module in model.modules():
-        if isinstance(module, nn.MultiheadAttention):
-            inside.update(id(m) for m in module.modules())
-    return [p for p in places(model) if is_linear(p.module) and id(p.module) not in inside]
+    found = list(places(model))
+    owners = tuple(f"{p.name}." for p in found if isinstance(p.module, nn.MultiheadAttention))
+    if isinstance(model, nn.MultiheadAttention):
+        return []
+    return [p for p in found if is_linear(p.module) and not p.name.startswith(owners)]
 
 
 def find_targets(model: nn.Module, config: Any) -> list[Place]:
