@@ -73,6 +73,7 @@ def inner_model(model: nn.Module, what: str) -> nn.Module:
             "a text model",
             "Attach to its language model.",
         )
+    base = _innermost(base)
     if "position_ids" not in argument_names(base):
         raise refuse(
             ConfigError,
@@ -82,6 +83,19 @@ def inner_model(model: nn.Module, what: str) -> nn.Module:
             "Positions cannot be shifted there (ALiBi). Use LoRA, IA3 or Bottleneck.",
         )
     return base
+
+
+def _innermost(base: nn.Module) -> nn.Module:
+    """OPTForCausalLM calls OPTModel's only child itself: hooks have to sit on that one."""
+    while True:
+        below = [
+            child
+            for child in base.children()
+            if hasattr(child, "get_input_embeddings") and "inputs_embeds" in argument_names(child)
+        ]
+        if len(below) != 1:
+            return base
+        base = below[0]
 
 
 def argument_names(module: nn.Module) -> tuple[str, ...]:
