@@ -5,6 +5,8 @@ The whole covering matrix runs on CUDA through the `device` fixture of the other
 
 from __future__ import annotations
 
+import itertools
+
 import compare
 import fastpeft
 import kernelkit
@@ -21,22 +23,42 @@ MODEL_SIZED = [
     for kind in ("nf4", "int8", "llm.int8")
     for M in (1, 2, 8, 9, 32, 128, 129, 512, 2048)
 ]
-
-
-def make_layer(dropout: float = 0.0, dtype=BF16, **more):
-    """A QLoRALinear 192 -> 80 whose B is not zero, so that every gradient has a value."""
-    linear = torch.nn.Linear(192, 80, device="cuda", dtype=dtype)
-    layer = fastpeft.QLoRALinear.from_linear(
-        linear, r=8, lora_alpha=16, lora_dropout=dropout, **more
+# around the tiles of the tensor-core kernels: ragged edges in every direction, all ranks, split
+# sums
+TILES = [
+    Case(
+        "nf4",
+        "bfloat16",
+        M,
+        N,
+        K,
+        R,
+        bias=number % 2 == 0,
+        dropout=0.25 if R and number % 3 == 0 else 0.0,
+        number=number,
     )
+    for number, (M, (N, K), R) in enumerate(
+        itertools.product(
+            (10, 33, 255, 256, 257, 1000),
+            ((8, 64), (136, 640), (200, 192), (2048, 1024)),
+            (0, 8, 13, 64),
+        )
+    )
+]
+
+
+def make_layer(dropout: float = 0.0, N: int = 80, K: int = 192):
+    """A QLoRALinear whose B is not zero, so that every gradient has a value."""
+    linear = torch.nn.Linear(K, N, device="cuda", dtype=BF16)
+    layer = fastpeft.QLoRALinear.from_linear(linear, r=8, lora_alpha=16, lora_dropout=dropout)
     with torch.no_grad():
         layer.lora_B.weight.normal_(0.0, 0.5)
     return layer.train()
 
 
-def draw(M, dtype=BF16):
-    x = torch.randn(M, 192, device="cuda", dtype=dtype, requires_grad=True)
-    return x, torch.randn(M, 80, device="cuda", dtype=dtype)
+def draw(M, N=80, K=192):
+    x = torch.randn(M, K, device="cuda", dtype=BF16, requires_grad=True)
+    return x, torch.randn(M, N, device="cuda", dtype=BF16)
 
 
 def step(layer, x, dy) -> dict[str, torch.Tensor]:
@@ -76,7 +98,7 @@ def capture(work):
     return graph, results
 
 
-@pytest.mark.parametrize("case", MODEL_SIZED, ids=str)
+@pytest.mark.parametrize("case", MODEL_SIZED + TILES, ids=str)
 def test_sizes_of_real_layers(cuda, case):
     kernelkit.check(case, cuda)
 
@@ -166,10 +188,15 @@ def test_no_step_waits_for_the_gpu(cuda, M):
         torch.cuda.set_sync_debug_mode("default")
 
 
-@pytest.mark.parametrize("M", TOKENS)
-def test_two_streams_do_not_disturb_each_other(cuda, M):
-    layers, streams = [make_layer(), make_layer()], [torch.cuda.Stream(), torch.cuda.Stream()]
-    data = [draw(M), draw(M)]
+@pytest.mark.parametrize(
+    ("M", "N", "K"),
+    [*((M, 80, 192) for M in TOKENS), (16, 4096, 4096), (256, 4096, 4096), (1024, 1024, 4096)],
+)
+def test_two_streams_do_not_disturb_each_other(cuda, M, N, K):
+    """The large ones fill the GPU, and split sums wait for each other: neither may block the other."""
+    layers = [make_layer(N=N, K=K) for _ in range(2)]
+    streams = [torch.cuda.Stream(), torch.cuda.Stream()]
+    data = [draw(M, N, K) for _ in range(2)]
     torch.cuda.synchronize()
 
     def on(i):

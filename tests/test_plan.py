@@ -10,7 +10,7 @@ _C = pytest.importorskip("fastpeft._C", reason="fastpeft._C is not built: it pri
 
 FORMATS = ("dense", "nf4", "fp4", "int8")
 DTYPE_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
-KERNELS = {"fused", "dequantize+matmul", "panels+matmul", "dense"}
+KERNELS = {"fused", "wgmma", "dequantize+matmul", "panels+matmul", "dense"}
 MACHINES = ((0, 2), (0, 64), (80, 108), (90, 132))  # (arch, multiprocessors or threads)
 SIZES = ((1, 1), (7, 341), (576, 1536), (4096, 4096), (28672, 8192))  # (N, K)
 PROBLEMS = list(
@@ -40,6 +40,9 @@ def test_every_problem_has_a_sound_plan(fmt):
             assert machine[0] == 0 and 1 <= p["panel_rows"] <= max(N, 16), where
         if p["kernel"] == "dense":
             assert p["workspace_bytes"] == 0, where
+        if p["kernel"] == "wgmma":
+            assert machine[0] == 90 and format == "nf4" and dtype == "bfloat16", where
+            assert K % 64 == 0 and p["tile_tokens"] in (128, 256), where
 
 
 @pytest.mark.parametrize("machine", MACHINES)
@@ -52,6 +55,17 @@ def test_few_tokens_are_fused_and_many_are_not_split_back(machine, direction):
     assert kernels[0] == "fused"
     left = [k != "fused" for k in kernels]
     assert left == sorted(left)
+
+
+@pytest.mark.skipif(not _C.build_facts()["sm90a"], reason="built without sm_90a kernels")
+@pytest.mark.parametrize("direction", ["fwd", "dgrad"])
+def test_many_tokens_run_on_tensor_cores_of_sm_90(direction):
+    p = plan(2048, 4096, 4096, (90, 132), direction=direction)
+    assert p["kernel"] == "wgmma" and p["workspace_bytes"] == 0
+    # its limits send a problem elsewhere, not into an error
+    for other in ({"K": 4100}, {"N": 4097}, {"dtype": "float16"}, {"blocksize": 32}):
+        sizes = {"M": 2048, "N": 4096, "K": 4096, **other}
+        assert _C.plan(**sizes, arch=90, sm_count=132, direction=direction)["kernel"] != "wgmma"
 
 
 def test_same_problem_same_plan():
