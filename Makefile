@@ -45,7 +45,7 @@ test: $(STAMPS)/built $(STAMPS)/data $(STAMPS)/test
 	$(BIN)/python -m pytest -q -rs
 
 bench: $(STAMPS)/built $(STAMPS)/test
-	$(BIN)/python -m benchmarks.run
+	$(BIN)/python -m fastpeft bench
 
 lint: $(STAMPS)/lint
 	$(BIN)/ruff check .

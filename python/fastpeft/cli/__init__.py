@@ -13,7 +13,7 @@ import typer
 
 from .errors import report
 
-COMMANDS = ("train", "evaluate", "generate", "inspect", "doctor", "plan")
+COMMANDS = ("train", "evaluate", "generate", "inspect", "doctor", "plan", "bench")
 
 app = typer.Typer(
     name="fastpeft",
@@ -24,7 +24,8 @@ app = typer.Typer(
     rich_markup_mode=None,
 )
 for _name in COMMANDS:
-    app.command(_name)(importlib.import_module(f"fastpeft.cli.{_name}").command)
+    _module = importlib.import_module(f"fastpeft.cli.{_name}")
+    app.command(_name, context_settings=getattr(_module, "SETTINGS", None))(_module.command)
 
 
 def main(arguments: list[str] | None = None) -> None:
@@ -34,7 +35,7 @@ def main(arguments: list[str] | None = None) -> None:
         arguments: words after the program's name; None: of this process.
     """
     try:
-        code = app(arguments, standalone_mode=False)
+        code = app(arguments, prog_name="fastpeft", standalone_mode=False)
     except BaseException as error:
         code = report(error)
     sys.exit(code if isinstance(code, int) else 0)

@@ -17,8 +17,8 @@ def open_model(
 ) -> tuple[Any, Any]:
     """Model and tokenizer: of a run's folder, or of a base with an optional adapter."""
     from fastpeft.train.base import pick_device, pick_dtype
+    from fastpeft.train.model import frozen_base, open_run
     from fastpeft.train.recipe import FORMATS, Recipe
-    from fastpeft.train.run import frozen_base, open_run
 
     if (Path(path) / "recipe.yaml").is_file():
         model, tokenizer, _ = open_run(path, device)

@@ -46,6 +46,11 @@ def draw(rows: list[dict[str, Any]], path: Path, title: str) -> None:
         color="tab:red",
         label="held-out text",
     )
+    dense = next((row["loss"] for row in rows if row["kind"] == "heldout_dense"), None)
+    if dense is not None:
+        label = f"held-out text, dense base: {dense:.3f}"
+        axes.axhline(dense, color="tab:red", linestyle=":", label=label)
+    axes.margins(x=0.08)
     for row in heldout:
         axes.annotate(
             f"{row['loss']:.3f}", (row["step"], row["loss"]), (0, 6), textcoords="offset points"

@@ -89,8 +89,6 @@ def train(
     began = time.perf_counter()
     device = pick_device(recipe.device)
     recipe.dtype = str(pick_dtype(recipe.dtype, device)).removeprefix("torch.")
-    write_recipe(recipe, output / "recipe.yaml")
-
     quiet_libraries()
     from transformers import set_seed
 
@@ -104,12 +102,15 @@ def train(
         loss, count = measure_heldout(model, held, recipe.seq_len, reporter, "loss of dense base")
         log.add("heldout_dense", 0, loss=loss, tokens=count)
     facts = freeze(model, recipe, device, _quantize_progress(reporter))
-    if not log.of("heldout"):
-        loss, count = measure_heldout(model, held, recipe.seq_len, reporter, "loss before")
-        log.add("heldout", 0, loss=loss, tokens=count)
     set_seed(recipe.seed)
     fastpeft.attach(model, adapter_config(recipe), name=ADAPTER)
     facts["trainable"] = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    # Not earlier: what is refused above leaves no folder that looks like a run.
+    write_recipe(recipe, output / "recipe.yaml")
+    if not log.of("heldout"):
+        with fastpeft.disabled(model):
+            loss, count = measure_heldout(model, held, recipe.seq_len, reporter, "loss before")
+        log.add("heldout", 0, loss=loss, tokens=count)
     fit(model, blocks, recipe, output, checkpoint, log, reporter)
     fastpeft.save_adapter(model, output / "adapter", name=ADAPTER)
     loss, count = measure_heldout(model, held, recipe.seq_len, reporter, "loss after")
