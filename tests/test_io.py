@@ -196,6 +196,26 @@ def test_trained_adapter_continues_the_same(tmp_path):
     assert steps(again, 3) == after
 
 
+@pytest.mark.parametrize("name", ["llama", "gpt2"])
+def test_over_a_bfloat16_base(name, tmp_path):
+    """float32 adapters on a bfloat16 base. Two yardsticks: peft with its branch in float32, as it
+    does by default, and in bfloat16, as the fused operator does."""
+    model = tiny.MODELS[name]().bfloat16()
+    fastpeft.attach(model, LoRA(r=4, target_modules="all-linear"))
+    parameters = adapter_parameters(model, "default").values()
+    assert {p.dtype for p in parameters} == {torch.float32}
+    tiny.shake(parameters, std=0.1)
+    for parameter in parameters:
+        parameter.data = parameter.data.bfloat16().float()
+    folder = fastpeft.save_adapter(model, tmp_path)
+    plain = []
+    for wide in (True, False):
+        base = tiny.MODELS[name]().bfloat16()
+        theirs = PeftModel.from_pretrained(base, folder, autocast_adapter_dtype=wide).eval()
+        plain.append(tiny.logits(theirs))
+    assert_close(tiny.logits(model), tiny.logits(theirs.double()), plain, name="logits")
+
+
 # ---- our own round trip
 
 
