@@ -105,19 +105,34 @@ def test_we_load_pefts(name, tmp_path):
     torch.testing.assert_close(logits(model), expected, atol=2e-6, rtol=1e-5)
 
 
+def test_a_classifier_with_its_head(tmp_path):
+    """peft trains and stores the head of a classifier beside the prompt."""
+    import peft
+
+    config = peft.PromptTuningConfig(task_type="SEQ_CLS", num_virtual_tokens=P)
+    theirs = peft.get_peft_model(build("bert"), config)
+    tiny.shake([p for n, p in theirs.named_parameters() if "modules_to_save" in n])
+    theirs.save_pretrained(tmp_path / "theirs")
+    model = fastpeft.load_adapter(build("bert"), tmp_path / "theirs")
+    torch.testing.assert_close(logits(model), logits(theirs), atol=2e-6, rtol=1e-5)
+    shake(model)
+    fastpeft.save_adapter(model, tmp_path / "ours")
+    back = peft.PeftModel.from_pretrained(build("bert"), tmp_path / "ours")
+    torch.testing.assert_close(logits(back), logits(model), atol=2e-6, rtol=1e-5)
+
+
 @pytest.mark.parametrize("name", ["llama", "gpt2", "opt"])
 def test_generation_with_a_cache_is_that_without(name):
     model = build(name)
     fastpeft.attach(model, Prompt(P))
     shake(model)
     ids, mask = padded()
-    options = dict(max_new_tokens=6, do_sample=False, pad_token_id=0, return_dict_in_generate=True)
+    options = dict(max_new_tokens=6, do_sample=False, pad_token_id=0, output_logits=True)
+    options |= dict(return_dict_in_generate=True, attention_mask=mask)
     for beams in (1, 3):
         runs = [
-            model.generate(
-                ids, attention_mask=mask, use_cache=c, num_beams=beams, output_logits=True, **options
-            )
-            for c in (True, False)
+            model.generate(ids, use_cache=cached, num_beams=beams, **options)
+            for cached in (True, False)
         ]
         assert torch.equal(runs[0].sequences, runs[1].sequences)
         steps = [torch.stack(run.logits) for run in runs]
@@ -159,7 +174,7 @@ def test_starts():
 
 def test_refusals(tmp_path):
     for value in (0, -1, True, 2.0):
-        with pytest.raises(ConfigError, match="num_virtual_tokens: got .* expected an integer >= 1"):
+        with pytest.raises(ConfigError, match="num_virtual_tokens: got .* an integer >= 1"):
             Prompt(value)
     with pytest.raises(ConfigError, match="prompt_tuning_init: got 'TEXT', expected one of"):
         Prompt(P, "TEXT")
@@ -184,8 +199,8 @@ def test_refusals(tmp_path):
     file.write_text(json.dumps({**config, "num_virtual_tokens": 59}))
     with pytest.raises(AdapterError, match=r"'prompt_embeddings': got shape \[60, 64\]"):
         fastpeft.load_adapter(build("gpt2"), tmp_path)
-    file.write_text(json.dumps({**config, "modules_to_save": ["lm_head"]}))
-    with pytest.raises(AdapterError, match="'modules_to_save'.*not supported"):
+    file.write_text(json.dumps({**config, "soft_words": ["x"]}))
+    with pytest.raises(AdapterError, match="'soft_words'.*not supported"):
         fastpeft.load_adapter(build("gpt2"), tmp_path)
 
 

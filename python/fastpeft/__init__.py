@@ -27,6 +27,7 @@ _EXPORTS = {
     "quantize_tensor": "fastpeft.quant.tensor",
     # methods
     "LoRA": "fastpeft.methods.lora",
+    "Full": "fastpeft.methods.full",
     "Prefix": "fastpeft.methods.prefix",
     "Prompt": "fastpeft.methods.prompt",
     "IA3": "fastpeft.methods.ia3",

@@ -49,12 +49,14 @@ LAYOUTS: dict[str, Layout] = {
         check=diagnose.check_lora_pairs,
     ),
     "PREFIX_TUNING": Layout(  # the file holds the projected prefix, so it loads without the MLP
-        prefix="",
+        prefix="base_model.",
+        bare=frozenset(("prompt_embeddings",)),
         fields={"projection": "prefix_projection"},
         start={"prefix_projection": False},
     ),
     "PROMPT_TUNING": Layout(
-        prefix="",
+        prefix="base_model.",
+        bare=frozenset(("prompt_embeddings",)),
         inert=frozenset(("prompt_tuning_init_text", "tokenizer_name_or_path", "tokenizer_kwargs")),
         start={"prompt_tuning_init": "RANDOM"},
     ),
@@ -83,6 +85,10 @@ def save_adapter(model: nn.Module, path: str | os.PathLike[str], name: str | Non
     """
     state, name = named(model, name)
     method, config = method_named(state, name), state.adapters[name].config
+    if method.save is not None:
+        folder = make_folder(path)
+        method.save(model, name, folder)
+        return folder
     files, label = files_of(method), f"adapter '{name}'"
     raw = files.write_config(model, config, name)
     values = _tensors(model, method, name)
@@ -125,10 +131,14 @@ def load_adapter(
     name = "default" if name is None else name
     check_name(name, state_of(model))
     folder = open_folder(path)
-    config, method = read_config(folder)
-    files, raw = files_of(method), read_json(folder, CONFIG_FILE)
-    tensors = read_tensors(folder, method, allow_pickle_weights_only)
     label = f"adapter folder '{folder}'"
+    whole = _whole_model(model, folder)
+    if whole is None:
+        config, method = read_config(folder)
+        files, raw = files_of(method), read_json(folder, CONFIG_FILE)
+        tensors = read_tensors(folder, method, allow_pickle_weights_only)
+    else:
+        method, config, tensors = whole
     try:
         # The random start is overwritten: leave no trace of it. And the file names what it names.
         with torch.random.fork_rng(devices=_gpus(model)), warnings.catch_warnings():
@@ -144,8 +154,9 @@ def load_adapter(
             f"It was made for {base!r}.",
         ) from error
     try:
-        keys = files.keys(model, name, raw, tensors)
-        wanted = _wanted(_tensors(model, method, name), keys, tensors, label)
+        wanted = _tensors(model, method, name)
+        if whole is None:
+            wanted = _wanted(wanted, files.keys(model, name, raw, tensors), tensors, label)
         diagnose.compare(wanted, tensors, label, getattr(config, "base_model_name_or_path", None))
         with torch.no_grad():
             for key, target in wanted.items():
@@ -155,6 +166,15 @@ def load_adapter(
         raise
     activate(model, name)
     return model
+
+
+def _whole_model(model: nn.Module, folder: Path) -> tuple[Method, Any, dict[str, Tensor]] | None:
+    """What is in a folder that holds no adapter but a whole model, else None."""
+    for method in METHODS.values():
+        found = None if method.load is None else method.load(model, folder)
+        if found is not None:
+            return method, *found
+    return None
 
 
 def files_of(method: Method) -> Files:
@@ -225,8 +245,11 @@ def _wanted(
     """{key in the file: tensor to fill}. Of several keys for one tensor one is enough, and those
     that are given must agree."""
     wanted: dict[str, Tensor] = {}
+    names_of: dict[str, list[str]] = {plain: [] for plain in values}
+    for key, plain in keys.items():
+        names_of[plain].append(key)
     for plain, target in values.items():
-        names = [key for key, held in keys.items() if held == plain]
+        names = names_of[plain]
         present = [key for key in names if key in given] or names[:1]
         for key in present[1:]:
             if not torch.equal(given[key], given[present[0]]):

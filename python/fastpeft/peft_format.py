@@ -25,7 +25,7 @@ _NAME_LISTS = ("target_modules", "exclude_modules")  # sets to peft, so their or
 class Layout:
     """How one method's adapter looks in peft's files.
 
-    prefix: put before every plain name.
+    prefix: put before every plain name, but for those in `bare`.
     fields: {our config field: name in adapter_config.json} where they differ.
     inert: fields of the file that we need not know, whatever their value.
     start: {field of the file: value taken when loading}; it only says how weights start.
@@ -36,6 +36,7 @@ class Layout:
     """
 
     prefix: str = "base_model.model."
+    bare: frozenset[str] = frozenset()
     fields: Mapping[str, str] = field(default_factory=dict)
     inert: frozenset[str] = frozenset()
     start: Mapping[str, Any] = field(default_factory=dict)
@@ -55,7 +56,8 @@ def peft_files(
         read_config=lambda raw, label: _read_config(method, layout, raw, label),
         write_config=lambda model, config, name: _write_config(method, layout, model, config),
         keys=lambda model, name, raw, given: {
-            f"{layout.prefix}{key}": key for key in names(model, name)
+            key if key in layout.bare else f"{layout.prefix}{key}": key
+            for key in names(model, name)
         },
         check=layout.check,
         library="peft",

@@ -2,6 +2,7 @@
 
 from . import (
     adapter,  # registers "bottleneck"
+    full,  # registers "full"
     ia3,  # registers "ia3"
     lora,  # registers "lora"
     prefix,  # registers "prefix"
@@ -13,6 +14,7 @@ __all__ = [
     "METHODS",
     "Method",
     "adapter",
+    "full",
     "ia3",
     "lora",
     "method_of",

@@ -16,6 +16,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from torch import Tensor, nn
@@ -75,6 +76,10 @@ class Method:
             cannot be merged.
         unmerge: (model, adapter name). The base is bit for bit what it was.
         files: its folder format, if that is not peft's.
+        save: (model, adapter name, folder). Fills the folder, where a file is no adapter but a
+            whole model.
+        load: (model, folder) -> (config, {plain name: tensor}) if the folder was written that way,
+            else None.
     """
 
     name: str
@@ -88,6 +93,8 @@ class Method:
     merge: Callable[[nn.Module, str, bool], dict[str, float]] | None = None
     unmerge: Callable[[nn.Module, str], None] | None = None
     files: Files | None = None
+    save: Callable[[nn.Module, str, Path], None] | None = None
+    load: Callable[[nn.Module, Path], tuple[Any, dict[str, Tensor]] | None] | None = None
 
 
 METHODS: dict[str, Method] = {}

@@ -30,10 +30,15 @@ _TASKS = {
 }
 
 
-def task_type(model: nn.Module) -> str | None:
-    """peft's task_type for this class of model, or None."""
+def task_type(model: nn.Module, config: Any) -> str | None:
+    """config.task_type, or peft's word for this class of model, or None. For a classifier only if
+    its head trains too, which peft takes for granted.
+    """
     name = type(model).__name__
-    return next((task for end, task in _TASKS.items() if name.endswith(end)), None)
+    task = next((task for end, task in _TASKS.items() if name.endswith(end)), None)
+    if task != "CAUSAL_LM" and not config.modules_to_save:
+        task = None
+    return config.task_type or task
 
 
 def inner_model(model: nn.Module, what: str) -> nn.Module:

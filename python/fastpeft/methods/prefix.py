@@ -17,6 +17,7 @@ hence comes last in the backward pass, hands their collected gradients to the ML
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -69,6 +70,7 @@ class Prefix:
         num_layers, num_attention_heads, token_dim: L, Hkv and Hkv * D; None: those of the model. A
             value must be the model's.
         num_transformer_submodules: 1, or None.
+        modules_to_save: names of modules that train as a whole and are stored with the prefix.
         task_type: None: the model's ("CAUSAL_LM", ...). base_model_name_or_path: kept for the file.
 
     Raises:
@@ -83,6 +85,7 @@ class Prefix:
     num_attention_heads: int | None = None
     token_dim: int | None = None
     num_transformer_submodules: int | None = None
+    modules_to_save: Sequence[str] | None = None
     task_type: str | None = None
     base_model_name_or_path: str | None = None
 
@@ -315,13 +318,13 @@ def _resolve(base: nn.Module, config: Prefix, task: str | None) -> Prefix:
         token_dim=heads * size,
         num_transformer_submodules=1,
         encoder_hidden_size=config.encoder_hidden_size or heads * size,
-        task_type=config.task_type or task,
+        task_type=task,
     )
 
 
 def _attach(model: nn.Module, config: Prefix, name: str) -> Prefix:
     base = _check_model(model)
-    config = _resolve(base, config, task_type(model))
+    config = _resolve(base, config, task_type(model, config))
     implementation_with_prefix(implementation_without(base.config._attn_implementation))
     adapter = PrefixAdapter(config, base.get_input_embeddings().weight.device)
     if not hasattr(base, _STORE):

@@ -12,6 +12,7 @@ cache is empty, and later calls get a mask and positions that count it.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -52,6 +53,7 @@ class Prompt:
             "SAMPLE_VOCAB": the embeddings of tokens drawn at random.
         token_dim, num_layers, num_attention_heads: None: those of the model; token_dim must be.
         num_transformer_submodules: 1, or None.
+        modules_to_save: names of modules that train as a whole and are stored with the prompt.
         task_type: None: the model's. base_model_name_or_path: kept for the file.
 
     Raises:
@@ -64,6 +66,7 @@ class Prompt:
     num_layers: int | None = None
     num_attention_heads: int | None = None
     num_transformer_submodules: int | None = None
+    modules_to_save: Sequence[str] | None = None
     task_type: str | None = None
     base_model_name_or_path: str | None = None
 
@@ -223,7 +226,7 @@ def _attach(model: nn.Module, config: Prompt, name: str) -> Prompt:
         num_layers=config.num_layers or model_config.num_hidden_layers,
         num_attention_heads=config.num_attention_heads or model_config.num_attention_heads,
         num_transformer_submodules=1,
-        task_type=config.task_type or task_type(model),
+        task_type=task_type(model, config),
     )
 
 
