@@ -20,7 +20,7 @@ LINT_REQUIREMENTS := ruff==0.17.6 clang-format==23.1.5
 
 BIN := $(abspath $(VENV))/bin
 STAMPS := $(VENV)/.stamps
-PIP := $(BIN)/python -m pip --disable-pip-version-check --quiet --no-input
+PIP := $(BIN)/python -m pip --disable-pip-version-check -qq --no-input
 TORCH_STAMP := $(STAMPS)/$(subst =,-,$(TORCH))
 SOURCES := $(shell find csrc cuda backend -type f) CMakeLists.txt setup.py pyproject.toml
 CXX_SOURCES = $(shell find csrc cuda tests/native -name '*.h' -o -name '*.cuh' -o -name '*.cpp' -o -name '*.cu')

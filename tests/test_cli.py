@@ -306,7 +306,7 @@ def test_doctor_and_plan_with_a_broken_library(tmp_path, library):
     ("archs", "capability", "covered"),
     [
         ("80-real;90a-real;90-virtual", (8, 0), True),
-        ("80-real;90a-real;90-virtual", (8, 9), True),
+        ("80-real,90a-real,90-virtual", (8, 9), True),
         ("80-real;90a-real;90-virtual", (9, 0), True),
         ("80-real;90a-real;90-virtual", (12, 0), True),
         ("80-real;90a-real;90-virtual", (7, 5), False),

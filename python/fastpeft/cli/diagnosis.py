@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import platform
+import re
 import shutil
 import subprocess
 from importlib import metadata
@@ -81,13 +82,13 @@ def driver_gpus() -> list[tuple[str, str, str]]:
 
 
 def covers(archs: str, capability: tuple[int, int]) -> bool:
-    """Whether a CMake architecture list ("80-real;90a-real;90-virtual") has code for a GPU.
+    """Whether an architecture list of CMake ("80-real,90a-real,90-virtual") has code for a GPU.
 
     "80-real" serves 8.0 and later 8.x; "90a-real" 9.0 alone; "90-virtual" 9.0 and everything later,
     compiled by the driver at first use; a bare "80" is both.
     """
     have = capability[0] * 10 + capability[1]
-    for word in filter(None, archs.split(";")):
+    for word in filter(None, re.split("[;,]", archs)):
         number, _, kind = word.partition("-")
         exact = number.endswith("a")
         value = int("".join(c for c in number if c.isdigit()) or 0)
@@ -206,7 +207,8 @@ def _problems(facts: dict[str, Any]) -> tuple[list[dict[str, str]], list[dict[st
     for gpu in gpus:
         if build.get("cuda") and gpu["covered"] is False:
             arch = gpu["capability"].replace(".", "")
-            fix = f"FASTPEFT_ARCHS='{build['cuda_archs']};{arch}' {BUILD}"
+            archs = build["cuda_archs"].replace(",", ";")
+            fix = f"FASTPEFT_ARCHS='{archs};{arch}' {BUILD}"
             add(
                 problems,
                 f"no kernels for {gpu['name']} (compute capability {gpu['capability']})",

@@ -10,6 +10,12 @@ from .diagnosis import diagnose
 from .show import as_bytes, as_json, table
 
 
+def _release(target: str | None) -> str:
+    """The stable ABI's target "0x020b000000000000ULL" -> "2.11"."""
+    digits = (target or "").removeprefix("0x")
+    return f"{int(digits[:2], 16)}.{int(digits[2:4], 16)}" if len(digits) >= 4 else "unknown"
+
+
 def _rows(facts: dict[str, Any]) -> list[tuple[str, str]]:
     library, build = facts["library"], facts["library"].get("build") or {}
     torch = facts["torch"]
@@ -24,7 +30,7 @@ def _rows(facts: dict[str, Any]) -> list[tuple[str, str]]:
     ]
     if build:
         kernels = f"CPU and CUDA ({build.get('cuda_archs')})" if build.get("cuda") else "CPU only"
-        rows.append(("built", f"{kernels}, for torch from {build.get('torch_target')}"))
+        rows.append(("built", f"{kernels}, for torch from {_release(build.get('torch_target'))}"))
     rows.append(("CPU", f"{facts['cpu']['name']}, kernels use {build.get('cpu_isa', 'unknown')}"))
     for gpu in facts["gpus"]:
         covered = {True: "covered by the build", False: "NOT in the build", None: "unknown"}
