@@ -53,6 +53,12 @@ Bottleneck bottleneck_args(const Tensor& x, const Tensor& down, const OptionalTe
   return b;
 }
 
+// z = x D^T + b_d, the bias added before the one rounding to a 16-bit dtype: added to a rounded
+// product it would cancel, and relu would take the other side for more elements than torch's does.
+void down_product(const Tensor& z, const Bottleneck& b) {
+  b.down_bias ? addmm(z, *b.down_bias, b.x, transposed(b.down)) : mm(z, b.x, transposed(b.down));
+}
+
 BottleneckActParams act_params(const Backend& backend, const Bottleneck& b, const Tensor& z,
                                const Tensor& h) {
   BottleneckActParams p;
@@ -61,7 +67,6 @@ BottleneckActParams act_params(const Backend& backend, const Bottleneck& b, cons
   p.dtype = b.dtype;
   p.activation = b.activation;
   p.z = z.data_ptr();
-  p.bias = b.down_bias ? b.down_bias->data_ptr() : nullptr;
   p.h = h.data_ptr();
   p.stream = backend.stream();
   return p;
@@ -100,7 +105,7 @@ Tensor bottleneck_fwd(const Tensor& x, const Tensor& down, const OptionalTensor&
   if (b.M == 0) return y;
   Tensor h = empty({b.M, b.D}, x.scalar_type(), x);
   Tensor u = empty({b.M, b.K}, x.scalar_type(), x);
-  mm(h, b.x, transposed(b.down));
+  down_product(h, b);
   const BottleneckActParams act = act_params(backend, b, h, h);
   FASTPEFT_RUN(backend, bottleneck_act_fwd, act);
   mm(u, h, transposed(b.up));
@@ -142,7 +147,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> bottleneck_bwd(
   Tensor z = empty({b.M, b.D}, dtype, x), h = empty({b.M, b.D}, dtype, x);
   Tensor dh = empty({b.M, b.D}, dtype, x), dz = empty({b.M, b.D}, dtype, x);
   Tensor ddown = empty({b.D, b.K}, dtype, x), dup = empty({b.K, b.D}, dtype, x);
-  mm(z, b.x, transposed(b.down));
+  down_product(z, b);
   mm(dh, dy_rows, b.up, scaling);
   BottleneckActParams act = act_params(backend, b, z, h);
   act.dh = dh.data_ptr();
