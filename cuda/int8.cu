@@ -62,8 +62,7 @@ __global__ void __launch_bounds__(kThreads) quantize_rows_kernel(QuantizeRowsPar
       if (!flag.v[i]) top = fmaxf(top, fabsf(float(to_acc(v.v[i]))));
   }
   top = block_max<kThreads>(top, scratch);
-  // below this 127 / absmax overflows: the row is taken as zero
-  const float inverse = top > 4e-37f ? __fdiv_rn(127.0f, top) : 0.0f;
+  const float inverse = int8_inverse(top);
   for (int64_t k = int64_t(threadIdx.x) * kCount; k < p.K; k += step) {
     const Vec<T, kCount> v = load_vec<T, kCount>(x + k);
     const Vec<uint8_t, kCount> flag = load_vec<uint8_t, kCount>(p.outlier + k);

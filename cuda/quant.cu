@@ -151,7 +151,7 @@ __global__ void __launch_bounds__(kThreads)
   }
 }
 
-// code = round half to even(w * 127 / absmax); below 4e-37 the quotient overflows: a row of zeros.
+// code = round half to even(w * int8_inverse(absmax))
 template <class T>
 __global__ void __launch_bounds__(kThreads)
     quantize_int8_kernel(const T* __restrict__ w, int64_t K, int8_t* __restrict__ codes,
@@ -162,7 +162,7 @@ __global__ void __launch_bounds__(kThreads)
   for (int64_t k = threadIdx.x; k < K; k += kThreads)
     top = fmaxf(top, fabsf(float(to_acc(w[row + k]))));
   top = block_max<kThreads>(top, scratch);
-  const float inverse = top > 4e-37f ? __fdiv_rn(127.0f, top) : 0.0f;
+  const float inverse = int8_inverse(top);
   for (int64_t k = threadIdx.x; k < K; k += kThreads)
     codes[row + k] = int8_t(__float2int_rn(__fmul_rn(float(to_acc(w[row + k])), inverse)));
   if (threadIdx.x == 0) absmax[blockIdx.x] = top;
