@@ -62,6 +62,8 @@ def by_config(name: str, **changes) -> nn.Module:
         sizes = {k: v for k, v in sizes.items() if k not in ("intermediate_size", "head_dim")}
         sizes |= {"ffn_dim": 96, "word_embed_proj_dim": tiny.HIDDEN, "dropout": 0.0}
         del sizes["num_key_value_heads"]
+    if name == "gpt_neox":
+        del sizes["num_key_value_heads"]  # it has none, but would keep the field
     config = transformers.AutoConfig.for_model(name, **{**sizes, **changes})
     return tiny._seeded(lambda c: transformers.AutoModelForCausalLM.from_config(c), config)
 

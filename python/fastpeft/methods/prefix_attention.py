@@ -29,9 +29,15 @@ from torch.nn import functional as F
 from ..errors import ConfigError, StateError, refuse
 
 KEYWORD = "fastpeft_prefix"
-_NAME = "fastpeft_prefix_"
-_FLASH = ("flash_attention_2", "flash_attention_3", "flash_attention_4")
-SUPPORTED = ("sdpa", "eager", *_FLASH)
+# Attention implementation -> ours. No "flash" in a name: transformers would look for a package of
+# that name.
+NAMES = {
+    "sdpa": "fastpeft_prefix_sdpa",
+    "eager": "fastpeft_prefix_eager",
+    "flash_attention_2": "fastpeft_prefix_fa2",
+    "flash_attention_3": "fastpeft_prefix_fa3",
+    "flash_attention_4": "fastpeft_prefix_fa4",
+}
 
 
 class PrefixStates:
@@ -98,16 +104,16 @@ def implementation_with_prefix(implementation: str) -> str:
     Raises:
         ConfigError: an implementation that is not supported.
     """
-    if implementation not in SUPPORTED:
+    if implementation not in NAMES:
         raise refuse(
             ConfigError,
             "attention implementation",
             repr(implementation),
-            f"one of {', '.join(SUPPORTED)}",
+            f"one of {', '.join(NAMES)}",
             "Load the model with attn_implementation='sdpa'.",
         )
     library = sys.modules["transformers"]  # the model's own: it is loaded
-    name = _NAME + implementation
+    name = NAMES[implementation]
     attention, masks = library.AttentionInterface, library.AttentionMaskInterface
     if name not in attention():
         attention.register(name, _with_prefix(implementation, attention))
@@ -118,7 +124,7 @@ def implementation_with_prefix(implementation: str) -> str:
 
 def implementation_without(name: str | None) -> str:
     """The implementation below ours; any other name as it is."""
-    return (name or "sdpa").removeprefix(_NAME)
+    return next((own for own, ours in NAMES.items() if ours == name), name or "sdpa")
 
 
 def _with_prefix(implementation: str, attention: type) -> Callable[..., Any]:
@@ -188,7 +194,21 @@ def _flash(inner, prefix, module, query, key, value, mask, kwargs):
             "one text a row",
             "Pad instead, or load the model with attn_implementation='sdpa'.",
         )
+    implementation = implementation_without(module.config._attn_implementation)
+    module = _Other(module, config=_Other(module.config, _attn_implementation=implementation))
     return inner(module, query, key, value, None if mask is None else prefix.widen(mask), **kwargs)
+
+
+class _Other:
+    """An object seen with other values of some attributes: the flash function looks up by name, in
+    its module's config, which package to call.
+    """
+
+    def __init__(self, target: Any, **changed: Any) -> None:
+        self.__dict__.update(changed, _target=target)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._target, name)
 
 
 def _eager_of(module: nn.Module) -> Callable[..., Any]:

@@ -1,0 +1,428 @@
+"""Prefix-tuning: peft's output, any checkpointing, generation with a cache, and back again."""
+
+from __future__ import annotations
+
+import copy
+
+import fastpeft
+import pytest
+import tiny
+import torch
+import transformers
+from fastpeft import LoRA, Prefix, Prompt
+from fastpeft.attach import adapter_parameters
+from fastpeft.errors import StateError
+from fastpeft.methods.prefix import PrefixAdapter
+from fastpeft.methods.prefix_attention import (
+    NAMES,
+    PrefixStates,
+    implementation_with_prefix,
+)
+from plug import (
+    FORMATS,
+    assert_checkpoints,
+    assert_round_trip,
+    assert_trains_alone,
+    assert_unplugs,
+    build,
+    by_config,
+    gradients,
+    logits,
+    loss,
+    shake,
+)
+
+MODELS = ["llama", "gpt2", "bert"]
+FAMILIES = ["llama", "gpt2", "qwen2", "mistral", "qwen3", "gemma", "phi", "opt", "mixtral"]
+FAMILIES.append("gpt_neox")
+P = 5
+
+
+def make(name: str):
+    if name in ("mistral", "mixtral"):
+        return by_config(name, sliding_window=None)
+    return tiny.qwen2() if name == "qwen2" else build(name)
+
+
+def padded(side: str = "left"):
+    """(ids, mask) [2, 9] with three pads in the first row."""
+    ids, mask = tiny.tokens(), torch.ones(2, 9, dtype=torch.long)
+    if side != "none":
+        mask[0, :3] = 0
+    return ids, mask if side == "left" else mask.flip(1)
+
+
+@pytest.mark.parametrize("format", FORMATS)
+@pytest.mark.parametrize("name", MODELS)
+def test_trains_alone(name, format):
+    assert_trains_alone(build(name, format), Prefix(P), lr=0.1, least=0.01)
+
+
+@pytest.mark.parametrize("format", FORMATS)
+@pytest.mark.parametrize("name", MODELS)
+def test_file_and_unplugging(name, format, tmp_path):
+    assert_unplugs(lambda: build(name, format), Prefix(P), std=1.0)
+    assert_round_trip(lambda: build(name, format), Prefix(P), tmp_path, std=1.0)
+
+
+def test_projection_trains_and_its_file_holds_what_it_made(tmp_path):
+    model = build("llama")
+    assert_trains_alone(model, Prefix(P, projection=True, encoder_hidden_size=24), 0.01, 0.02)
+    fastpeft.save_adapter(model, tmp_path)
+    other = fastpeft.load_adapter(build("llama"), tmp_path)
+    assert torch.equal(logits(other), logits(model))
+    assert list(adapter_parameters(other, "default")) == ["prompt_embeddings"]
+    assert not fastpeft.adapters(other)["default"].projection
+
+
+# ---- peft
+
+
+@pytest.mark.parametrize("side", ["none", "left", "right"])
+@pytest.mark.parametrize("name", FAMILIES)
+def test_peft_loads_ours(name, side, tmp_path):
+    import peft
+
+    model = make(name)
+    fastpeft.attach(model, Prefix(P, projection=side == "none"))
+    shake(model, std=0.5)
+    fastpeft.save_adapter(model, tmp_path)
+    theirs = peft.PeftModel.from_pretrained(make(name), tmp_path)
+    ids, mask = padded(side)
+    with torch.no_grad():
+        ours = model(input_ids=ids, attention_mask=mask).logits
+        expected = theirs(input_ids=ids, attention_mask=mask).logits
+    real = mask.bool()
+    torch.testing.assert_close(ours[real], expected[real], atol=2e-6, rtol=1e-5)
+    assert not torch.allclose(ours, logits(make(name)), atol=1e-3)
+
+
+@pytest.mark.parametrize("projection", [False, True])
+@pytest.mark.parametrize("name", ["llama", "gpt2", "qwen2"])
+def test_we_load_pefts(name, projection, tmp_path):
+    import peft
+
+    config = peft.PrefixTuningConfig(
+        task_type="CAUSAL_LM", num_virtual_tokens=P, prefix_projection=projection
+    )
+    theirs = peft.get_peft_model(make(name), config)
+    theirs.save_pretrained(tmp_path)
+    model = fastpeft.load_adapter(make(name), tmp_path)
+    with torch.no_grad():
+        expected = theirs(input_ids=tiny.tokens()).logits
+    torch.testing.assert_close(logits(model), expected, atol=2e-6, rtol=1e-5)
+
+
+def test_gradients_are_pefts(tmp_path):
+    import peft
+
+    model = build("llama")
+    fastpeft.attach(model, Prefix(P))
+    shake(model, std=1.0)
+    fastpeft.save_adapter(model, tmp_path)
+    theirs = peft.PeftModel.from_pretrained(build("llama"), tmp_path)
+    weight = theirs.prompt_encoder["default"].embedding.weight.requires_grad_()
+    loss(theirs).backward()
+    loss(model).backward()
+    (ours,) = adapter_parameters(model, "default").values()
+    torch.testing.assert_close(ours.grad, weight.grad, atol=1e-7, rtol=1e-5)
+
+
+# ---- the attention itself
+
+
+def attention(query, key, value, scaling, visible):
+    """float64 softmax(q k^T) v over the visible keys; grouped heads are spelt out."""
+    groups = query.shape[1] // key.shape[1]
+    key, value = (t.repeat_interleave(groups, dim=1) for t in (key, value))
+    scores = query @ key.transpose(-1, -2) * scaling
+    weights = scores.masked_fill(~visible, float("-inf")).softmax(-1)
+    return (weights @ value).transpose(1, 2)
+
+
+@pytest.mark.parametrize("implementation", ["sdpa", "eager"])
+@pytest.mark.parametrize("kind", ["causal", "mask", "both ways", "one token", "static"])
+def test_formula(kind, implementation):
+    model = build("llama").double()
+    module = model.model.layers[1].self_attn
+    new = {"one token": 1}.get(kind, 6)
+    keys = {"one token": 4, "static": 8}.get(kind, 6)  # a static cache has room for two more
+    draw = lambda heads, length: torch.randn(2, heads, length, 16, dtype=torch.float64)  # noqa: E731
+    query, key, value = draw(4, new), draw(2, keys), draw(2, keys)
+    states = [torch.randn(2, P, 16, dtype=torch.float64) for _ in range(4)]
+    visible = torch.ones(2, 1, new, keys, dtype=torch.bool)
+    if kind in ("causal", "mask", "static"):
+        visible = visible.tril()
+    if kind == "mask":
+        visible[0, ..., :2] = False
+    mask, options = None, {"is_causal": kind != "both ways"}
+    if kind == "mask" or (implementation == "eager" and kind != "both ways"):
+        mask = visible
+    if implementation == "eager" and mask is not None:
+        mask = torch.zeros(visible.shape, dtype=torch.float64).masked_fill(~visible, -1e300)
+    options |= {"scaling": 0.3, "fastpeft_prefix": PrefixStates(states)}
+    attend = transformers.AttentionInterface()[implementation_with_prefix(implementation)]
+    output, _ = attend(module, query, key, value, mask, **options)
+    front = [t.expand(2, -1, -1, -1) for t in states[2:]]  # of layer 1
+    key, value = torch.cat((front[0], key), 2), torch.cat((front[1], value), 2)
+    visible = torch.nn.functional.pad(visible, (P, 0), value=True)
+    expected = attention(query, key, value, 0.3, visible)
+    # the model's eager function takes its softmax in float32
+    atol = 1e-12 if implementation == "sdpa" else 1e-6
+    torch.testing.assert_close(output, expected, atol=atol, rtol=0)
+
+
+@pytest.mark.parametrize("side", ["none", "left", "right"])
+def test_eager_and_flash_give_what_sdpa_gives(side, monkeypatch):
+    """Flash attention has no CPU kernel: in its place, what it promises (masks [B, T] of what is
+    no padding; causal from the lower right)."""
+
+    def flash(module, query, key, value, mask, scaling=None, **kwargs):
+        assert module.config._attn_implementation == "flash_attention_2" and module.is_causal
+        new, keys = query.shape[2], key.shape[2]
+        visible = torch.ones(new, keys, dtype=torch.bool).tril(keys - new)[None, None]
+        if mask is not None:
+            assert mask.shape == (2, keys)
+            visible = visible & mask.bool()[:, None, None]
+        groups = query.shape[1] // key.shape[1]
+        key, value = (t.repeat_interleave(groups, dim=1) for t in (key, value))
+        scores = (query @ key.transpose(-1, -2) * scaling).masked_fill(~visible, -1e9)
+        return (scores.softmax(-1) @ value).transpose(1, 2), None
+
+    monkeypatch.setitem(transformers.AttentionInterface._global_mapping, "flash_attention_2", flash)
+    monkeypatch.setattr(  # it would look for the package
+        transformers.PreTrainedModel,
+        "_check_and_adjust_attn_implementation",
+        lambda self, name, **kwargs: name,
+    )
+    ids, mask = padded(side)
+    outputs = []
+    for implementation in ("sdpa", "eager", "flash_attention_2"):
+        model = build("llama")
+        model.config._attn_implementation_internal = implementation
+        fastpeft.attach(model, Prefix(P))
+        shake(model, std=1.0)
+        assert model.config._attn_implementation == NAMES[implementation]
+        with torch.no_grad():
+            outputs.append(model(ids, attention_mask=mask).logits[mask.bool()])
+        fastpeft.detach(model)
+        assert model.config._attn_implementation == implementation
+    for other in outputs[1:]:
+        torch.testing.assert_close(other, outputs[0], atol=2e-6, rtol=1e-5)
+    model.config._attn_implementation_internal = "flash_attention_2"
+    fastpeft.attach(model, Prefix(P))
+    with pytest.raises(StateError, match="flash attention: got several texts packed"):
+        model(ids[:1], position_ids=torch.tensor([[0, 1, 2, 3, 0, 1, 2, 3, 4]]), use_cache=False)
+
+
+def test_packed_texts_see_the_prefix_each():
+    """Two texts in one row, told apart by position_ids, give what they give alone."""
+    model = build("llama")
+    fastpeft.attach(model, Prefix(P))
+    shake(model, std=1.0)
+    ids = tiny.tokens(1, 9)
+    with torch.no_grad():
+        positions = torch.tensor([[0, 1, 2, 3, 0, 1, 2, 3, 4]])
+        packed = model(ids, position_ids=positions, use_cache=False)
+        alone = torch.cat([model(ids[:, :4]).logits, model(ids[:, 4:]).logits], dim=1)
+    torch.testing.assert_close(packed.logits, alone, atol=2e-6, rtol=1e-5)
+
+
+@pytest.mark.parametrize("name", ["roberta", "opt", "gpt2", "llama"])
+def test_positions_are_those_the_model_numbers_itself(name):
+    from fastpeft.methods.model_inputs import Arguments, inner_model
+
+    if name == "roberta":
+        sizes = dict(hidden_size=32, num_hidden_layers=1, num_attention_heads=4)
+        sizes |= dict(intermediate_size=48, vocab_size=128, max_position_embeddings=64)
+        model = transformers.RobertaModel(transformers.RobertaConfig(**sizes)).eval()
+    else:
+        model = build(name)
+    base = inner_model(model, "test")
+    ids, mask = padded()
+    ids = ids.masked_fill(mask == 0, 1)
+    named = {"input_ids": ids, "attention_mask": mask}
+    positions = Arguments((), (), named).positions(base)
+    with torch.no_grad():
+        found, given = base(**named)[0], base(**named, position_ids=positions)[0]
+    assert torch.equal(found[mask.bool()], given[mask.bool()])
+
+
+# ---- checkpointing
+
+
+@pytest.mark.parametrize("projection", [False, True])
+@pytest.mark.parametrize("name", MODELS)
+def test_checkpointing(name, projection):
+    config = Prefix(P, projection=projection, encoder_hidden_size=24)
+    assert_checkpoints(lambda: build(name), config, std=0.0 if projection else 1.0)
+
+
+def test_two_passes_before_one_backward():
+    """Each recomputed layer gets the keys of its own forward pass."""
+
+    def both(model):
+        other = tiny.tokens(seed=8)
+        return loss(model) + 3 * model(other, labels=other).loss
+
+    assert_checkpoints(lambda: build("llama"), Prefix(P, projection=True), both, std=0.0)
+
+
+@pytest.mark.parametrize("reentrant", [None, False, True])
+def test_projected_once_a_step(reentrant):
+    model = build("llama")
+    fastpeft.attach(model, Prefix(P, projection=True))
+    (adapter,) = (m for m in model.modules() if isinstance(m, PrefixAdapter))
+    calls = []
+    adapter.transform.register_forward_hook(lambda *args: calls.append(1))
+    gradients(model, reentrant)
+    assert len(calls) == 1
+
+
+def test_gradients_by_autograd_grad():
+    model = build("llama").train()
+    fastpeft.attach(model, Prefix(P, projection=True))
+    named = adapter_parameters(model, "default")
+    found = torch.autograd.grad(loss(model), list(named.values()))
+    loss(model).backward()
+    assert all(torch.equal(g, p.grad) for g, p in zip(found, named.values(), strict=True))
+
+
+# ---- generation
+
+
+@pytest.mark.parametrize("name", ["llama", "gpt2", "opt", "qwen2"])
+def test_generation_with_a_cache_is_that_without(name):
+    model = make(name)
+    fastpeft.attach(model, Prefix(P))
+    shake(model, std=1.0)
+    ids, mask = padded()
+    options = dict(max_new_tokens=6, do_sample=False, pad_token_id=0, output_logits=True)
+    options |= dict(return_dict_in_generate=True, attention_mask=mask)
+    for kind in ({}, {"num_beams": 3}, {"cache_implementation": "static", "disable_compile": True}):
+        with_cache = model.generate(ids, **kind, **options)
+        beams = {k: v for k, v in kind.items() if k == "num_beams"}
+        without = model.generate(ids, use_cache=False, **beams, **options)
+        assert torch.equal(with_cache.sequences, without.sequences), kind
+        steps = [torch.stack(run.logits) for run in (with_cache, without)]
+        torch.testing.assert_close(*steps, atol=2e-6, rtol=1e-5)
+
+
+def test_token_by_token_is_the_whole():
+    model = build("llama")
+    fastpeft.attach(model, Prefix(P))
+    shake(model, std=1.0)
+    ids, cache, steps = tiny.tokens(), None, []
+    with torch.no_grad():
+        for index in range(9):
+            output = model(ids[:, index : index + 1], cache=cache, use_cache=True)
+            cache = output.cache
+            steps.append(output.logits)
+    assert cache.get_seq_length() == 9  # of the text alone
+    torch.testing.assert_close(torch.cat(steps, dim=1), logits(model), atol=2e-6, rtol=1e-5)
+
+
+# ---- several
+
+
+def test_prefixes_are_switched():
+    model = build("llama")
+    bare, seen = logits(model), {}
+    for index, name in enumerate("abc"):
+        fastpeft.attach(model, Prefix(P + index), name)
+        tiny.shake(adapter_parameters(model, name).values(), 1.0, seed=index)
+        seen[name] = logits(model)
+    for name in "cabac":
+        fastpeft.activate(model, name)
+        assert torch.equal(logits(model), seen[name])
+    fastpeft.activate(model, None)
+    assert torch.equal(logits(model), bare)
+
+
+def test_two_at_once_stand_side_by_side():
+    model = build("llama")
+    for index, name in enumerate("ab"):
+        fastpeft.attach(model, Prefix(P), name)
+        tiny.shake(adapter_parameters(model, name).values(), 1.0, seed=index)
+    fastpeft.activate(model, ["a", "b"])
+    both = logits(model)
+    rows = [adapter_parameters(model, n)["prompt_embeddings"].detach() for n in "ab"]
+    fastpeft.attach(model, Prefix(2 * P), "c")
+    with torch.no_grad():
+        adapter_parameters(model, "c")["prompt_embeddings"].copy_(torch.cat(rows))
+    assert torch.equal(logits(model), both)
+
+
+@pytest.mark.parametrize("order", ["pxl", "lxp", "xpl"])
+def test_beside_prompt_and_lora_in_any_order(order):
+    """LoRA must not find the prefix's own MLP, and the prompt counts as text for the prefix."""
+    config = {
+        "p": Prefix(P, projection=True),
+        "x": Prompt(3),
+        "l": LoRA(r=2, target_modules="all-linear", init_lora_weights=False),
+    }
+    model = build("llama")
+    bare, before = logits(model), tiny.fingerprint(model)
+    for letter in order:
+        torch.manual_seed(ord(letter))
+        fastpeft.attach(model, config[letter], letter)
+    fastpeft.activate(model, list("plx"))
+    together = logits(model)
+    prompt = adapter_parameters(model, "x")["prompt_embeddings"].detach().expand(2, -1, -1)
+    fastpeft.activate(model, list("pl"))
+    with torch.no_grad():
+        text = model.get_input_embeddings()(tiny.tokens())
+        expected = model(inputs_embeds=torch.cat((prompt, text), dim=1)).logits[:, 3:]
+    torch.testing.assert_close(together, expected, atol=2e-6, rtol=1e-5)
+    for letter in order:
+        fastpeft.detach(model, letter)
+    assert torch.equal(logits(model), bare)
+    tiny.assert_same(before, tiny.fingerprint(model))
+
+
+def test_quantised_after_attaching_is_the_same():
+    outputs = []
+    for first in (True, False):
+        model = build("llama")
+        if first:
+            fastpeft.quantize(model, "nf4")
+        torch.manual_seed(3)
+        fastpeft.attach(model, Prefix(P, projection=True))
+        if not first:
+            fastpeft.quantize(model, "nf4")
+        outputs.append(logits(model))
+    assert torch.equal(*outputs)
+
+
+def test_a_copy_is_its_own_model():
+    model = build("llama")
+    fastpeft.attach(model, Prefix(P))
+    before = logits(model)
+    twin = copy.deepcopy(model)
+    shake(twin, std=1.0)
+    assert torch.equal(logits(model), before) and not torch.equal(logits(twin), before)
+    fastpeft.detach(twin)
+    assert torch.equal(logits(twin), logits(build("llama")))
+    assert torch.equal(logits(model), before)
+
+
+def test_bfloat16_autocast_and_compile():
+    model = build("llama")
+    fastpeft.attach(model, Prefix(P))
+    shake(model, std=1.0)
+    exact = logits(model)
+    compiled = torch.compile(model, fullgraph=True, backend="eager")
+    with torch.no_grad():
+        torch.testing.assert_close(compiled(tiny.tokens()).logits, exact, atol=2e-6, rtol=1e-5)
+        with torch.autocast("cpu", torch.bfloat16):
+            rough = model(tiny.tokens()).logits
+    assert rough.dtype == torch.bfloat16 and (rough - exact).abs().max() < 0.05 * exact.abs().max()
+    half = logits(model.to(torch.bfloat16))
+    assert half.dtype == torch.bfloat16 and (half - exact).abs().max() < 0.05 * exact.abs().max()
+
+
+def test_registering_twice_changes_nothing():
+    name = implementation_with_prefix("sdpa")
+    registered = transformers.AttentionInterface()[name]
+    assert implementation_with_prefix("sdpa") == name
+    assert transformers.AttentionInterface()[name] is registered
