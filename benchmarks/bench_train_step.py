@@ -11,6 +11,7 @@ import gc
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import harness
 import torch
@@ -92,24 +93,55 @@ def _fastpeft(step: Step, model: torch.nn.Module) -> torch.nn.Module:
     return model
 
 
-def _peft(step: Step, model: torch.nn.Module, liger: bool = False) -> torch.nn.Module:
+def _peft(step: Step, model: torch.nn.Module) -> torch.nn.Module:
     """peft's LoRA, over bitsandbytes' layers when the format is quantised."""
     try:
         import peft
     except ImportError as error:
         raise Unavailable(f"peft does not import: {error}") from error
+    names = _linears(model)
     if step.kind != "dense":
         _to_bitsandbytes(step, model)
-    if liger:
-        try:
-            from liger_kernel.transformers.monkey_patch import apply_liger_kernel_to_llama
-        except ImportError as error:
-            raise Unavailable(f"liger_kernel does not import: {error}") from error
-        apply_liger_kernel_to_llama(model=model)
     config = peft.LoraConfig(
-        r=step.R, lora_alpha=2 * step.R, target_modules=_linears(model), task_type="CAUSAL_LM"
+        r=step.R, lora_alpha=2 * step.R, target_modules=names, task_type="CAUSAL_LM"
     )
     return peft.get_peft_model(model, config)
+
+
+def _liger(model: torch.nn.Module) -> dict[str, Any]:
+    """Applies Liger's kernels to this model. It also replaces functions of transformers for the
+    whole process: those are put back and returned, to be in force during this model's steps alone.
+    """
+    try:
+        from liger_kernel.transformers.monkey_patch import apply_liger_kernel_to_llama
+    except ImportError as error:
+        raise Unavailable(f"liger_kernel does not import: {error}") from error
+    from transformers.models.llama import modeling_llama
+
+    before = dict(vars(modeling_llama))
+    apply_liger_kernel_to_llama(model=model)
+    changed = {k: v for k, v in vars(modeling_llama).items() if before.get(k) is not v}
+    for name in changed:
+        setattr(modeling_llama, name, before[name])
+    return changed
+
+
+@contextlib.contextmanager
+def _in_force(functions: dict[str, Any]):
+    """Sets names of transformers' Llama module for a while."""
+    if not functions:
+        yield
+        return
+    from transformers.models.llama import modeling_llama
+
+    before = {name: getattr(modeling_llama, name) for name in functions}
+    try:
+        for name, value in functions.items():
+            setattr(modeling_llama, name, value)
+        yield
+    finally:
+        for name, value in before.items():
+            setattr(modeling_llama, name, value)
 
 
 def _to_bitsandbytes(step: Step, model: torch.nn.Module) -> None:
@@ -154,10 +186,8 @@ def setup(step: Step, provider: str, device: str) -> Callable[[int], torch.Tenso
     if provider.startswith("peft+bitsandbytes") and step.kind == "dense":
         raise Unavailable("a dense model has nothing of bitsandbytes", False)
     model = _base(step, device)
-    if provider == "fastpeft":
-        model = _fastpeft(step, model)
-    else:
-        model = _peft(step, model, provider.endswith("liger"))
+    patches = _liger(model) if provider.endswith("liger") else {}
+    model = (_fastpeft if provider == "fastpeft" else _peft)(step, model)
     model.train()
     if step.checkpointing:
         _checkpoint(model)
@@ -166,17 +196,18 @@ def setup(step: Step, provider: str, device: str) -> Callable[[int], torch.Tenso
     draw = torch.Generator().manual_seed(1)
     size = (8, step.batch, step.length)
     batches = torch.randint(0, MODELS[step.model].vocab, size, generator=draw).to(device)
-    # float32 factors under autocast, as the Trainer runs both sides
-    low = step.dtype != "float32"
+
+    # float32 factors under autocast, as the Trainer runs all of them
+    def autocast():
+        low = step.dtype != "float32"
+        return torch.autocast(device, getattr(torch, step.dtype)) if low else _in_force({})
 
     def run(i: int) -> torch.Tensor:
         ids = batches[i % len(batches)]
-        autocast = (
-            torch.autocast(device, getattr(torch, step.dtype)) if low else contextlib.nullcontext()
-        )
-        with autocast:
-            loss = model(input_ids=ids, labels=ids).loss
-        loss.backward()
+        with _in_force(patches):
+            with autocast():
+                loss = model(input_ids=ids, labels=ids).loss
+            loss.backward()
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
         return loss.detach()
