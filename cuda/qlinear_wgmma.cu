@@ -40,6 +40,7 @@ namespace {
 
 constexpr float kCodeGain = 1.43675f;
 constexpr int kRows = 128, kBlockK = 64, kThreads = 384;
+constexpr int kChunk = 4;  // k-blocks whose scales are asked for at a time
 
 struct GemmArgs {
   int M = 0;              // tokens
@@ -67,8 +68,8 @@ struct Config {
                        kSBytes = kRows * 2;
   static constexpr int kWAt = kStages * kXBytes, kSAt = kWAt + kStages * kWBytes;
   static constexpr int kMapAt = kSAt + kStages * kSBytes;  // float[256], the dynamic map
-  static constexpr int kOutAt =
-      (kMapAt + 1024 + 1023) / 1024 * 1024;  // a half for each consumer warpgroup
+  // Output staging, a half for each consumer warpgroup.
+  static constexpr int kOutAt = (kMapAt + 1024 + 1023) / 1024 * 1024;
   static constexpr int kBarAt = kOutAt + 2 * kTokens * 64 * 2;
   static constexpr int kShared = kBarAt + 16 * kStages + 16 + 1024;
   static_assert(kShared <= 232448, "shared memory of sm_90");
@@ -212,86 +213,129 @@ FASTPEFT_DEVICE void load_tiles(const Maps& maps, const GemmArgs& a, const Sched
   }
 }
 
-// Four scales of a lane, still as they lie in memory.
+// A lane's four scales of kChunk k-blocks, as they lie in memory: float32 scales, or codes and the
+// nested absmax of each.
 struct RawScales {
-  float4 value;    // float32 scales, or the nested absmax of each
-  uint32_t codes;  // uint8 scales
-  bool valid;
+  float4 values[kChunk];
+  uint32_t codes[kChunk];
 };
 
-// A warp turns the 128 scales of each k-block into bf16(absmax / kCodeGain) in the stage; the loads
-// run one block ahead.
+// A warp turns the 128 scales of each k-block into bf16(absmax / kCodeGain) in the stage: forward
+// 128 rows of one k-block, dgrad 64 rows (the reduction) of two k-blocks. It shares an issue port
+// with two consumer warps and the card is power-limited, so its instructions are counted: loads are
+// asked for kChunk k-blocks at a time (the ring hides one memory latency a chunk), and the gain is
+// folded into map and offset, which leaves one FMA a scale; against the exact two roundings that
+// moves a scale by 2^-24 before it is rounded to bf16.
+template <class C>
+struct ScaleProducer {
+  static constexpr bool kDgrad = C::kDgrad;
+  const GemmArgs& a;
+  const float* map;  // map / kCodeGain, in shared memory
+  const int lane;
+  float offset = 0.0f;
+  bool has_fixed_groups;  // forward: the nested absmax of a row is the same for all of its blocks
+  float4 fixed;
+
+  FASTPEFT_DEVICE ScaleProducer(const GemmArgs& args, const float* shared_map)
+      : a(args), map(shared_map), lane(threadIdx.x & 31) {
+    if (a.nested) offset = __ldg(a.nested) * (1.0f / kCodeGain);
+    has_fixed_groups = !kDgrad && a.nested && 256 % a.scale_columns == 0;
+  }
+  // Clamped, not tested: a branch around a load makes the compiler wait for each load by itself.
+  // Scales outside the matrix meet zeros of the other operand or rows that are never stored: any
+  // finite value will do.
+  FASTPEFT_DEVICE int row(const Item& item, int kb) const {
+    const int n = kDgrad ? kb * kBlockK + (lane & 15) * 4 : item.row * kRows + lane * 4;
+    return min(n, a.padded_n - 4);
+  }
+  FASTPEFT_DEVICE int column(const Item& item, int kb) const {
+    return min((kDgrad ? item.row * 2 + (lane >> 4) : kb) >> a.column_shift, a.scale_columns - 1);
+  }
+  FASTPEFT_DEVICE float4 nested_of(int n, int column) const {
+    const float* groups = a.nested + 257;
+    float v[4];
+#pragma unroll
+    for (int e = 0; e < 4; e++)  // rows of the padding borrow the last one's
+      v[e] = __ldg(groups + ((uint32_t(min(n + e, a.N - 1)) * a.scale_columns + column) >> 8));
+    return make_float4(v[0], v[1], v[2], v[3]);
+  }
+  FASTPEFT_DEVICE void begin(const Item& item) {
+    if (has_fixed_groups) fixed = nested_of(row(item, 0), 0);
+  }
+  FASTPEFT_DEVICE void load(const Item& item, int kb, RawScales& raw) const {
+    uint32_t at[kChunk];
+#pragma unroll
+    for (int j = 0; j < kChunk; j++) {
+      const int k = min(kb + j, item.end - 1);
+      at[j] = uint32_t(column(item, k)) * a.padded_n + row(item, k);
+    }
+    if (!a.nested) {
+#pragma unroll
+      for (int j = 0; j < kChunk; j++)
+        raw.values[j] =
+            __ldg(reinterpret_cast<const float4*>(static_cast<const float*>(a.scales) + at[j]));
+      return;
+    }
+#pragma unroll
+    for (int j = 0; j < kChunk; j++)
+      raw.codes[j] =
+          __ldg(reinterpret_cast<const uint32_t*>(static_cast<const uint8_t*>(a.scales) + at[j]));
+    if (has_fixed_groups) {
+#pragma unroll
+      for (int j = 0; j < kChunk; j++) raw.values[j] = fixed;
+      return;
+    }
+#pragma unroll
+    for (int j = 0; j < kChunk; j++) {
+      const int k = min(kb + j, item.end - 1);
+      raw.values[j] = nested_of(row(item, k), column(item, k));
+    }
+  }
+  FASTPEFT_DEVICE uint2 decode(const float4& v, uint32_t codes) const {
+    if (!a.nested) {
+      constexpr float inverse = 1.0f / kCodeGain;
+      return make_uint2(pack_bf16(v.x * inverse, v.y * inverse),
+                        pack_bf16(v.z * inverse, v.w * inverse));
+    }
+    const float s0 = fmaf(map[codes & 255], v.x, offset),
+                s1 = fmaf(map[(codes >> 8) & 255], v.y, offset);
+    const float s2 = fmaf(map[(codes >> 16) & 255], v.z, offset),
+                s3 = fmaf(map[codes >> 24], v.w, offset);
+    return make_uint2(pack_bf16(s0, s1), pack_bf16(s2, s3));
+  }
+};
+
 template <class C>
 FASTPEFT_DEVICE void load_scales(const GemmArgs& a, const Schedule& schedule, uint32_t base,
                                  uint32_t full0, uint32_t empty0, const float* map) {
-  const int lane = threadIdx.x & 31;
-  const float offset = a.nested ? __ldg(a.nested) : 0.0f;
-  auto fetch = [&](const Item& item, int kb) {
-    RawScales raw{};
-    // forward: 128 rows of one k-block; dgrad: 64 rows (reduction) of two k-blocks
-    const int n = C::kDgrad ? kb * kBlockK + (lane & 15) * 4 : item.row * kRows + lane * 4;
-    const int column = (C::kDgrad ? item.row * 2 + (lane >> 4) : kb) >> a.column_shift;
-    raw.valid = n < a.padded_n && column < a.scale_columns;
-    if (!raw.valid) return raw;
-    const size_t at = size_t(column) * a.padded_n + n;
-    if (!a.nested) {
-      raw.value = __ldg(reinterpret_cast<const float4*>(static_cast<const float*>(a.scales) + at));
-      return raw;
-    }
-    raw.codes =
-        __ldg(reinterpret_cast<const uint32_t*>(static_cast<const uint8_t*>(a.scales) + at));
-    const float* group = a.nested + 257;
-    float v[4];
-#pragma unroll
-    for (int e = 0; e < 4; e++) {
-      const int row = min(n + e, a.N - 1);  // rows of the padding borrow the last one's
-      v[e] = __ldg(group + ((uint32_t(row) * a.scale_columns + column) >> 8));
-    }
-    raw.value = make_float4(v[0], v[1], v[2], v[3]);
-    return raw;
-  };
-  auto decode = [&](float value, uint32_t code) {
-    if (!a.nested) return value;
-    return __fadd_rn(__fmul_rn(map[code & 255], value), offset);
-  };
+  ScaleProducer<C> producer(a, map);
+  const uint32_t to = base + C::kSAt + producer.lane * 8;
   Ring<C::kStages> ring(1);
-  const int items = schedule.count();
-  if (items == 0) return;
-  Item item = schedule.at(0);
-  RawScales next = fetch(item, item.begin);
-  for (int i = 0; i < items;) {
-    for (int kb = item.begin; kb < item.end; kb++, ring.advance()) {
-      const RawScales raw = next;
-      const int current_end = item.end;
-      if (kb + 1 < current_end) {
-        next = fetch(item, kb + 1);
-      } else if (i + 1 < items) {
-        const Item following = schedule.at(i + 1);
-        next = fetch(following, following.begin);
+  for (int i = 0, items = schedule.count(); i < items; i++) {
+    const Item item = schedule.at(i);
+    producer.begin(item);
+    for (int kb = item.begin; kb < item.end; kb += kChunk) {
+      RawScales raw;
+      producer.load(item, kb, raw);
+#pragma unroll
+      for (int j = 0; j < kChunk; j++) {
+        if (kb + j >= item.end) break;
+        const uint2 packed = producer.decode(raw.values[j], raw.codes[j]);
+        barrier_wait(empty0 + 8 * ring.stage, ring.phase);
+        asm volatile("st.shared.v2.b32 [%0], {%1, %2};" ::"r"(to + ring.stage * C::kSBytes),
+                     "r"(packed.x), "r"(packed.y)
+                     : "memory");
+        __syncwarp();
+        if (producer.lane == 0) barrier_arrive(full0 + 8 * ring.stage);
+        ring.advance();
       }
-      constexpr float inverse = 1.0f / kCodeGain;
-      uint2 packed = make_uint2(0, 0);
-      if (raw.valid) {
-        packed.x = pack_bf16(decode(raw.value.x, raw.codes) * inverse,
-                             decode(raw.value.y, raw.codes >> 8) * inverse);
-        packed.y = pack_bf16(decode(raw.value.z, raw.codes >> 16) * inverse,
-                             decode(raw.value.w, raw.codes >> 24) * inverse);
-      }
-      barrier_wait(empty0 + 8 * ring.stage, ring.phase);
-      asm volatile("st.shared.v2.b32 [%0], {%1, %2};" ::"r"(base + C::kSAt +
-                                                            ring.stage * C::kSBytes + lane * 8),
-                   "r"(packed.x), "r"(packed.y)
-                   : "memory");
-      __syncwarp();
-      if (lane == 0) barrier_arrive(full0 + 8 * ring.stage);
     }
     if (a.R > 0 &&
         item.end == schedule.kblocks) {  // the stage of the low-rank factor has no scales
       barrier_wait(empty0 + 8 * ring.stage, ring.phase);
-      if (lane == 0) barrier_arrive(full0 + 8 * ring.stage);
+      if (producer.lane == 0) barrier_arrive(full0 + 8 * ring.stage);
       ring.advance();
     }
-    if (++i < items) item = schedule.at(i);
   }
 }
 
@@ -515,17 +559,18 @@ __global__ void __launch_bounds__(kThreads, 1)
     fence_async_proxy();
   }
   if (a.nested)
-    for (int i = threadIdx.x; i < 256; i += kThreads) map[i] = __ldg(a.nested + 1 + i);
+    for (int i = threadIdx.x; i < 256; i += kThreads)
+      map[i] = __ldg(a.nested + 1 + i) * (1.0f / kCodeGain);
   cluster_sync();
   launch_dependents();
   const Schedule schedule(a);
   if (threadIdx.x < 128) {
-    asm volatile("setmaxnreg.dec.sync.aligned.u32 56;");
+    asm volatile("setmaxnreg.dec.sync.aligned.u32 64;");
     if (threadIdx.x == 0) load_tiles<C>(maps, a, schedule, base, full0, empty0);
     if (threadIdx.x / 32 == 1) load_scales<C>(a, schedule, base, full0, empty0, map);
     __syncwarp();
   } else {
-    asm volatile("setmaxnreg.inc.sync.aligned.u32 224;");
+    asm volatile("setmaxnreg.inc.sync.aligned.u32 216;");
     consume<C>(maps, a, schedule, base, full0, empty0, ready);
   }
   cluster_sync();  // no block leaves while its neighbour reads its shared memory
