@@ -103,6 +103,14 @@ def shake(model: nn.Module, name: str = "default", std: float = 0.3) -> None:
     tiny.shake(adapter_parameters(model, name).values(), std)
 
 
+def padded(side: str = "left") -> tuple[torch.Tensor, torch.Tensor]:
+    """(ids, mask) [2, 9] with three pads in the first row: "none", "left" or "right"."""
+    ids, mask = tiny.tokens(), torch.ones(2, 9, dtype=torch.long)
+    if side != "none":
+        mask[0, :3] = 0
+    return ids, mask if side == "left" else mask.flip(1)
+
+
 def assert_trains_alone(model: nn.Module, config, lr: float, least: float, steps: int = 20) -> None:
     """The loss falls by `least`; nothing but the adapter's parameters changed, bit by bit."""
     # dropout off: falling over 20 steps must not be luck

@@ -151,6 +151,20 @@ def test_memory_plan_is_what_a_step_takes(dtype, master):
     assert plan["snapshot"] == plan["weights"]
 
 
+def test_memory_plan_of_8_bit_states():
+    pytest.importorskip("bitsandbytes")
+    model, config = build("llama").bfloat16(), Full("adamw_8bit")
+    fastpeft.attach(model, config)
+    optimizer = make_optimizer(fastpeft.param_groups(model, lr=1e-3), config, lr=1e-3)
+    losses = train(model, optimizer, 3)
+    assert losses[-1] < losses[0]
+    kinds = ("state1", "state2", "absmax1", "absmax2")  # the maps are shared by all parameters
+    held = [s[k] for s in optimizer.state.values() for k in kinds if k in s]
+    plan = memory_plan(model, config)
+    assert plan["optimizer states"] == sum(t.nbytes for t in held)
+    assert plan["master weights"] == 0
+
+
 def test_master_weights_are_adamw_in_float32():
     """16-bit weights follow, rounded, what torch's AdamW does to their float32 copies; small steps
     are not lost."""
@@ -247,3 +261,22 @@ def test_quantised_meanwhile():
     fastpeft.quantize(model, "nf4")
     with pytest.raises(StateError, match="parameters are others than at attach.*Do not quantise"):
         fastpeft.detach(model)
+
+
+def test_on_a_gpu(cuda):
+    """The base waits in host memory and comes back bit for bit; the fused step runs there."""
+    model = build("llama").to(cuda, torch.bfloat16)
+    before = [p.detach().clone() for p in model.parameters()]
+    fastpeft.attach(model, Full())
+    optimizer = make_optimizer(fastpeft.param_groups(model, lr=1e-3), Full(), lr=1e-3)
+    ids = tiny.tokens().to(cuda)
+    losses = []
+    for _ in range(20):
+        value = model(ids, labels=ids).loss
+        optimizer.zero_grad()
+        value.backward()
+        optimizer.step()
+        losses.append(value.item())
+    assert losses[-1] < losses[0] - 0.05
+    fastpeft.detach(model)
+    assert all(torch.equal(a, b) for a, b in zip(before, model.parameters(), strict=True))

@@ -21,18 +21,12 @@ from plug import (
     build,
     by_config,
     logits,
+    padded,
     shake,
 )
 
 MODELS = ["llama", "gpt2", "bert"]
 P = 5
-
-
-def padded(side: str = "left"):
-    """(ids, mask) [2, 9] with three pads in the first row."""
-    ids, mask = tiny.tokens(), torch.ones(2, 9, dtype=torch.long)
-    mask[0, :3] = 0
-    return ids, mask if side == "left" else mask.flip(1)
 
 
 @pytest.mark.parametrize("format", FORMATS)
@@ -84,7 +78,7 @@ def test_peft_loads_ours(name, side, tmp_path):
     shake(model)
     fastpeft.save_adapter(model, tmp_path)
     theirs = peft.PeftModel.from_pretrained(make(), tmp_path)
-    ids, mask = padded(side) if side != "none" else (tiny.tokens(), torch.ones(2, 9).long())
+    ids, mask = padded(side)
     with torch.no_grad():
         ours = model(input_ids=ids, attention_mask=mask).logits
         expected = theirs(input_ids=ids, attention_mask=mask).logits
