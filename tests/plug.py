@@ -75,9 +75,7 @@ def build(name: str, format: str | None = None) -> nn.Module:
     """A model of MODELS or a family of `by_config`, in eval mode, quantised if asked."""
     model = MODELS[name]() if name in MODELS else by_config(name)
     if format:
-        # T5's FFN asks its second layer for weight.dtype, so transformers never quantises that one
-        skip = ("lm_head", "classifier", *(("wo",) if name == "t5" else ()))
-        fastpeft.quantize(model, format, threshold=None, skip=skip)
+        fastpeft.quantize(model, format, threshold=None, skip=("lm_head", "classifier"))
     return model
 
 

@@ -219,3 +219,15 @@ def test_saved_modules_stay_dense_and_quantised_ones_cannot_be_saved():
     assert report.skipped["lm_head"] == "it is trained whole (modules_to_save)"
     with pytest.raises(ConfigError, match=r"'model.layers.0.mlp': got a quantised layer"):
         fastpeft.attach(model, LoRA(modules_to_save=["mlp"]), "b")
+
+
+def test_what_the_models_code_reads_stays_dense():
+    """T5's FFN asks its second layer for weight.dtype: quantised, the model would not run."""
+    from plug import build, logits
+
+    model = build("t5")
+    report = fastpeft.quantize(model, "nf4")
+    wo = [name for name in report.skipped if name.endswith(".wo")]
+    assert len(wo) == 4 and all("keeps it dense" in report.skipped[name] for name in wo)
+    assert any(name.endswith(".wi") for name in report.converted)
+    assert torch.isfinite(logits(model)).all()

@@ -114,8 +114,11 @@ def _plan(model: nn.Module, skip: tuple[str, ...], report: QuantizeReport) -> de
     """The layers to convert; the report learns what is left and why."""
     work: deque[Place] = deque()
     owners = _owners(model)
+    kept = set(getattr(model, "_keep_in_fp32_modules", None) or ())  # of a transformers model
     for place in linear_places(model):
         why = _reason_to_skip(place, skip, owners)
+        if why is None and kept & set(place.name.split(".")):
+            why = "transformers keeps it dense: the model's code asks for its weight"
         if why is None:
             work.append(place)
         else:
