@@ -21,7 +21,8 @@ void run_here(int64_t count, int64_t, void (*body)(void*, int64_t, int64_t), voi
 ParallelFor g_parallel_for = run_here;
 
 #if defined(__x86_64__)
-// CPUID leaf 7, EDX bit 22; the system must also have enabled the tile registers (XCR0 bits 17, 18).
+// CPUID leaf 7, EDX bit 22; the system must also have enabled the tile registers (XCR0 bits 17,
+// 18).
 bool has_amx_bf16() {
   uint32_t a = 0, b = 0, c = 0, d = 0;
   if (!__get_cpuid_count(7, 0, &a, &b, &c, &d) || !(d >> 22 & 1)) return false;
@@ -83,7 +84,9 @@ const SimdKernels* simd_kernels() {
   return chosen;
 }
 
-int simd_lanes() { return simd_kernels() ? simd_kernels()->panel / 2 : 0; }
+int simd_lanes() {
+  return simd_kernels() ? simd_kernels()->panel / 2 : 0;
+}
 
 bool has_matrix_units() {
 #if defined(__x86_64__)

@@ -1,11 +1,10 @@
-// AVX2 + FMA + F16C primitives of simd_kernels.inl: 8 lanes, tile of 6 tokens x 16 columns (12 sums,
-// 2 weights, 1 activation of 16 registers).
+// AVX2 + FMA + F16C primitives of simd_kernels.inl: 8 lanes, tile of 6 tokens x 16 columns (12
+// sums, 2 weights, 1 activation of 16 registers).
 #include "simd.h"
 
 #if defined(__x86_64__)
 #include <immintrin.h>
 
-#include <algorithm>
 #include <cstring>
 #include <utility>
 
@@ -27,13 +26,27 @@ struct Table {
   Vec low, high;
 };
 
-SIMD_INLINE Vec load(const float* p) { return _mm256_loadu_ps(p); }
-SIMD_INLINE void store(float* p, Vec v) { _mm256_storeu_ps(p, v); }
-SIMD_INLINE Vec broadcast(const float* p) { return _mm256_broadcast_ss(p); }
-SIMD_INLINE Vec zero() { return _mm256_setzero_ps(); }
-SIMD_INLINE Vec mul(Vec a, Vec b) { return _mm256_mul_ps(a, b); }
-SIMD_INLINE Vec add(Vec a, Vec b) { return _mm256_add_ps(a, b); }
-SIMD_INLINE Vec fma(Vec a, Vec b, Vec c) { return _mm256_fmadd_ps(a, b, c); }
+SIMD_INLINE Vec load(const float* p) {
+  return _mm256_loadu_ps(p);
+}
+SIMD_INLINE void store(float* p, Vec v) {
+  _mm256_storeu_ps(p, v);
+}
+SIMD_INLINE Vec broadcast(const float* p) {
+  return _mm256_broadcast_ss(p);
+}
+SIMD_INLINE Vec zero() {
+  return _mm256_setzero_ps();
+}
+SIMD_INLINE Vec mul(Vec a, Vec b) {
+  return _mm256_mul_ps(a, b);
+}
+SIMD_INLINE Vec add(Vec a, Vec b) {
+  return _mm256_add_ps(a, b);
+}
+SIMD_INLINE Vec fma(Vec a, Vec b, Vec c) {
+  return _mm256_fmadd_ps(a, b, c);
+}
 
 SIMD_INLINE Table load_table(const float* codes) {
   return {_mm256_loadu_ps(codes), _mm256_loadu_ps(codes + 8)};
@@ -80,12 +93,23 @@ SIMD_INLINE void load_row_pair(const uint8_t* row, Bits bits[2]) {
   bits[1] = _mm256_srlv_epi32(all, _mm256_setr_epi32(16, 20, 16, 20, 16, 20, 16, 20));
 }
 
-// absmax = map[q] * nested_absmax[flat >> 8] + offset, rounded twice; row i has flat index
-// first + i * step, held at `last` in padding rows.
-SIMD_INLINE void nested_scales(const uint8_t* q, const float* nested, int64_t first, int64_t step,
-                               int64_t last, float* scale) {
-  for (int i = 0; i < 16; ++i)
-    scale[i] = nested[1 + q[i]] * nested[257 + (std::min(first + i * step, last) >> 8)] + nested[0];
+SIMD_INLINE Bits load_bytes(const uint8_t* p) {
+  return _mm256_cvtepu8_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(p)));
+}
+SIMD_INLINE Bits spread(int32_t v) {
+  return _mm256_set1_epi32(v);
+}
+SIMD_INLINE Bits ramp(int32_t step) {  // lane * step
+  return _mm256_mullo_epi32(_mm256_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7), spread(step));
+}
+SIMD_INLINE Bits add_bits(Bits a, Bits b) {
+  return _mm256_add_epi32(a, b);
+}
+SIMD_INLINE Bits min_bits(Bits a, Bits b) {
+  return _mm256_min_epi32(a, b);
+}
+SIMD_INLINE Vec gather(const float* p, Bits at) {
+  return _mm256_i32gather_ps(p, at, 4);
 }
 
 SIMD_INLINE Vec load_bf16(const uint16_t* p) {
@@ -123,12 +147,16 @@ constexpr SimdKernels kKernels = all_kernels();
 }  // namespace avx2
 }  // namespace
 
-const SimdKernels* avx2_kernels() { return &avx2::kKernels; }
+const SimdKernels* avx2_kernels() {
+  return &avx2::kKernels;
+}
 
 }  // namespace fastpeft::cpu
 
 #else
 namespace fastpeft::cpu {
-const SimdKernels* avx2_kernels() { return nullptr; }
+const SimdKernels* avx2_kernels() {
+  return nullptr;
+}
 }  // namespace fastpeft::cpu
 #endif

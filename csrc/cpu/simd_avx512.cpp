@@ -27,17 +27,35 @@ using Vec = __m512;
 using Bits = __m512i;
 using Table = __m512;
 
-SIMD_INLINE Vec load(const float* p) { return _mm512_loadu_ps(p); }
-SIMD_INLINE void store(float* p, Vec v) { _mm512_storeu_ps(p, v); }
-SIMD_INLINE Vec broadcast(const float* p) { return _mm512_set1_ps(*p); }
-SIMD_INLINE Vec zero() { return _mm512_setzero_ps(); }
-SIMD_INLINE Vec mul(Vec a, Vec b) { return _mm512_mul_ps(a, b); }
-SIMD_INLINE Vec add(Vec a, Vec b) { return _mm512_add_ps(a, b); }
-SIMD_INLINE Vec fma(Vec a, Vec b, Vec c) { return _mm512_fmadd_ps(a, b, c); }
+SIMD_INLINE Vec load(const float* p) {
+  return _mm512_loadu_ps(p);
+}
+SIMD_INLINE void store(float* p, Vec v) {
+  _mm512_storeu_ps(p, v);
+}
+SIMD_INLINE Vec broadcast(const float* p) {
+  return _mm512_set1_ps(*p);
+}
+SIMD_INLINE Vec zero() {
+  return _mm512_setzero_ps();
+}
+SIMD_INLINE Vec mul(Vec a, Vec b) {
+  return _mm512_mul_ps(a, b);
+}
+SIMD_INLINE Vec add(Vec a, Vec b) {
+  return _mm512_add_ps(a, b);
+}
+SIMD_INLINE Vec fma(Vec a, Vec b, Vec c) {
+  return _mm512_fmadd_ps(a, b, c);
+}
 
-SIMD_INLINE Table load_table(const float* codes) { return _mm512_loadu_ps(codes); }
+SIMD_INLINE Table load_table(const float* codes) {
+  return _mm512_loadu_ps(codes);
+}
 // vpermps looks at the low 4 bits of a lane: no mask needed.
-SIMD_INLINE Vec lookup(Table table, Bits bits) { return _mm512_permutexvar_ps(bits, table); }
+SIMD_INLINE Vec lookup(Table table, Bits bits) {
+  return _mm512_permutexvar_ps(bits, table);
+}
 template <int n>
 SIMD_INLINE Bits shift(Bits bits) {
   return _mm512_srli_epi32(bits, n);
@@ -63,21 +81,24 @@ SIMD_INLINE void load_row_pair(const uint8_t* row, Bits bits[1]) {
   bits[0] = _mm512_srlv_epi32(_mm512_permutexvar_epi32(at, all), down);
 }
 
-// absmax = map[q] * nested_absmax[flat >> 8] + offset, rounded twice; row i has flat index
-// first + i * step, held at `last` in padding rows.
-SIMD_INLINE void nested_scales(const uint8_t* q, const float* nested, int64_t first, int64_t step,
-                               int64_t last, float* scale) {
-  const Bits code = _mm512_cvtepu8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(q)));
-  const Vec mapped = _mm512_i32gather_ps(code, nested + 1, 4);
-  const __m512i lane = _mm512_setr_epi64(0, 1, 2, 3, 4, 5, 6, 7);
-  const __m512i stride = _mm512_set1_epi64(step), end = _mm512_set1_epi64(last);
-  __m512i flat = _mm512_add_epi64(_mm512_set1_epi64(first), _mm512_mullo_epi64(lane, stride));
-  const __m256i low = _mm512_cvtepi64_epi32(_mm512_srli_epi64(_mm512_min_epi64(flat, end), 8));
-  flat = _mm512_add_epi64(flat, _mm512_slli_epi64(stride, 3));
-  const __m256i high = _mm512_cvtepi64_epi32(_mm512_srli_epi64(_mm512_min_epi64(flat, end), 8));
-  const Bits group = _mm512_inserti64x4(_mm512_castsi256_si512(low), high, 1);
-  const Vec absmax = _mm512_i32gather_ps(group, nested + 257, 4);
-  store(scale, add(mul(mapped, absmax), _mm512_set1_ps(nested[0])));
+SIMD_INLINE Bits load_bytes(const uint8_t* p) {
+  return _mm512_cvtepu8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)));
+}
+SIMD_INLINE Bits spread(int32_t v) {
+  return _mm512_set1_epi32(v);
+}
+SIMD_INLINE Bits ramp(int32_t step) {  // lane * step
+  const Bits lane = _mm512_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15);
+  return _mm512_mullo_epi32(lane, spread(step));
+}
+SIMD_INLINE Bits add_bits(Bits a, Bits b) {
+  return _mm512_add_epi32(a, b);
+}
+SIMD_INLINE Bits min_bits(Bits a, Bits b) {
+  return _mm512_min_epi32(a, b);
+}
+SIMD_INLINE Vec gather(const float* p, Bits at) {
+  return _mm512_i32gather_ps(at, p, 4);
 }
 
 SIMD_INLINE Vec load_bf16(const uint16_t* p) {
@@ -113,12 +134,16 @@ constexpr SimdKernels kKernels = all_kernels();
 }  // namespace avx512
 }  // namespace
 
-const SimdKernels* avx512_kernels() { return &avx512::kKernels; }
+const SimdKernels* avx512_kernels() {
+  return &avx512::kKernels;
+}
 
 }  // namespace fastpeft::cpu
 
 #else
 namespace fastpeft::cpu {
-const SimdKernels* avx512_kernels() { return nullptr; }
+const SimdKernels* avx512_kernels() {
+  return nullptr;
+}
 }  // namespace fastpeft::cpu
 #endif

@@ -9,10 +9,10 @@
 //                            16, 20 the low nibble is the code of column 2c, 2c+1, 2c+8, 2c+9
 //   load_row_pair(row, bits) bits[v]: lanes k of vector v; after a shift by 0, 8 the low nibble is
 //                            the code of the even, odd row of the pair stored at `row` (16 bytes)
-//   nested_scales(...)       16 double-quantised scales
+//   load_bytes, spread, ramp, add_bits, min_bits, gather: 32-bit integer lanes for the scales
 
-constexpr int kVecs = 16 / kLanes;   // vectors for the 16 rows or columns of a tile
-constexpr int kPanel = 2 * kLanes;   // columns of a register tile
+constexpr int kVecs = 16 / kLanes;  // vectors for the 16 rows or columns of a tile
+constexpr int kPanel = 2 * kLanes;  // columns of a register tile
 
 // Strips of a weight and the scales of their rows. A strip has one scale a row when blocksize >= 64
 // and two when it is 32; blocks that begin beyond K (K % 64 != 0) have scale 0.
@@ -20,6 +20,7 @@ struct StripReader {
   const WeightView& w;
   const float* table;
   int64_t Np, blocks, strips_k;
+  int32_t last_block;
   int tiles_per_block;  // tiles of a strip that share a scale
 
   SIMD explicit StripReader(const WeightView& view)
@@ -28,24 +29,37 @@ struct StripReader {
         Np(round_up<int64_t>(view.N, kTileN)),
         blocks(view.K / view.blocksize),
         strips_k(ceil_div<int64_t>(view.K, kTileK)),
+        last_block(int32_t(block_count(view.N, view.K, view.blocksize) - 1)),
         tiles_per_block(view.blocksize >= 64 ? 4 : 2) {}
 
   SIMD const uint8_t* strip(int64_t strip_n, int64_t strip_k) const {
     return static_cast<const uint8_t*>(w.codes) + (strip_n * strips_k + strip_k) * kStripBytes;
   }
 
-  // scale[16] of the rows of strip_n for the block that holds column k.
-  SIMD void scales(int64_t strip_n, int64_t k, float* scale) const {
-    const int64_t block = k / w.blocksize;
-    if (block >= blocks) {
-      for (int v = 0; v < kVecs; ++v) store(scale + v * kLanes, zero());
-    } else if (w.nested) {
-      const uint8_t* q = static_cast<const uint8_t*>(w.scales) + block * Np + strip_n * 16;
-      nested_scales(q, w.nested, strip_n * 16 * blocks + block, blocks,
-                    block_count(w.N, w.K, w.blocksize) - 1, scale);
-    } else {
-      const float* from = static_cast<const float*>(w.scales) + block * Np + strip_n * 16;
-      for (int v = 0; v < kVecs; ++v) store(scale + v * kLanes, load(from + v * kLanes));
+  // Flat index of the first block of the 16 rows of strip_n, one a lane. 32 bits: 2^31 blocks are
+  // 2^36 weights.
+  SIMD void rows(int64_t strip_n, Bits row[kVecs]) const {
+    for (int v = 0; v < kVecs; ++v)
+      row[v] =
+          add_bits(spread(int32_t((strip_n * 16 + v * kLanes) * blocks)), ramp(int32_t(blocks)));
+  }
+
+  // scale[16] of the rows of strip_n for the block that holds column k; row as from rows().
+  // absmax = map[q] * nested_absmax[flat / 256] + offset, two roundings.
+  SIMD void scales(const Bits row[kVecs], int64_t strip_n, int64_t k, float* scale) const {
+    const int64_t block = k / w.blocksize, place = block * Np + strip_n * 16;
+    for (int v = 0; v < kVecs; ++v) {
+      Vec s = zero();
+      if (block < blocks && w.nested) {
+        // rows beyond N are padding: any group that exists will do
+        const Bits flat = min_bits(add_bits(row[v], spread(int32_t(block))), spread(last_block));
+        const uint8_t* q = static_cast<const uint8_t*>(w.scales) + place + v * kLanes;
+        s = add(mul(gather(w.nested + 1, load_bytes(q)), gather(w.nested + 257, shift<8>(flat))),
+                broadcast(w.nested));
+      } else if (block < blocks) {
+        s = load(static_cast<const float*>(w.scales) + place + v * kLanes);
+      }
+      store(scale + v * kLanes, s);
     }
   }
 };
@@ -61,7 +75,9 @@ SIMD void few_fwd(const WeightView& w, int64_t strip_n, const float* x, int64_t 
   Vec total[M][kVecs];
   for (int m = 0; m < M; ++m)
     for (int v = 0; v < kVecs; ++v) total[m][v] = zero();
-  alignas(64) float scale[16];
+  alignas(64) float scale[16] = {};
+  Bits row[kVecs];
+  reader.rows(strip_n, row);
   for (int64_t strip_k = 0; strip_k < reader.strips_k; ++strip_k) {
     const uint8_t* strip = reader.strip(strip_n, strip_k);
     for (int first = 0; first < 4; first += reader.tiles_per_block) {
@@ -90,7 +106,7 @@ SIMD void few_fwd(const WeightView& w, int64_t strip_n, const float* x, int64_t 
           }
         }
       }
-      reader.scales(strip_n, strip_k * 64 + first * 16, scale);
+      reader.scales(row, strip_n, strip_k * 64 + first * 16, scale);
       UNROLL for (int v = 0; v < kVecs; ++v) {
         const Vec s = load(scale + v * kLanes);
         UNROLL for (int m = 0; m < M; ++m) {
@@ -111,20 +127,22 @@ SIMD void few_dgrad(const WeightView& w, int64_t begin, int64_t end, const float
                     int64_t dy_stride, float* dx, int64_t dx_stride) {
   const StripReader reader(w);
   const Table table = load_table(reader.table);
-  alignas(64) float scale[16], scaled[M][16];
+  alignas(64) float scale[16] = {}, scaled[M][16];
+  Bits row[kVecs];
   for (int m = 0; m < M; ++m)
     for (int64_t k = 0; k < (end - begin) * 64; k += kLanes) store(dx + m * dx_stride + k, zero());
   for (int64_t strip_n = 0; strip_n * 16 < w.N; ++strip_n) {
+    reader.rows(strip_n, row);
     for (int64_t strip_k = begin; strip_k < end; ++strip_k) {
       const uint8_t* strip = reader.strip(strip_n, strip_k);
       for (int t = 0; t < 4; ++t) {
         if (t % reader.tiles_per_block == 0) {
-          reader.scales(strip_n, strip_k * 64 + t * 16, scale);
+          reader.scales(row, strip_n, strip_k * 64 + t * 16, scale);
           UNROLL for (int v = 0; v < kVecs; ++v) {
             const Vec s = load(scale + v * kLanes);
             UNROLL for (int m = 0; m < M; ++m)
-              store(scaled[m] + v * kLanes,
-                    mul(load(dy + m * dy_stride + strip_n * 16 + v * kLanes), s));
+                store(scaled[m] + v * kLanes,
+                      mul(load(dy + m * dy_stride + strip_n * 16 + v * kLanes), s));
           }
         }
         float* out = dx + (strip_k - begin) * 64 + t * 16;
@@ -160,9 +178,11 @@ SIMD void decode_columns(const WeightView& w, int64_t strip_n, int64_t strip_k, 
   const StripReader reader(w);
   const Table table = load_table(reader.table);
   const uint8_t* strip = reader.strip(strip_n, strip_k);
-  alignas(64) float scale[16];
+  alignas(64) float scale[16] = {};
+  Bits row[kVecs];
+  reader.rows(strip_n, row);
   for (int t = 0; t < 4; ++t) {
-    if (t % reader.tiles_per_block == 0) reader.scales(strip_n, strip_k * 64 + t * 16, scale);
+    if (t % reader.tiles_per_block == 0) reader.scales(row, strip_n, strip_k * 64 + t * 16, scale);
     Bits bits[4][kVecs];
     load_columns(strip + t * kTileBytes, bits);
     UNROLL for (int c = 0; c < 4; ++c) {
@@ -183,9 +203,11 @@ SIMD void decode_rows(const WeightView& w, int64_t strip_n, int64_t strip_k, flo
   const StripReader reader(w);
   const Table table = load_table(reader.table);
   const uint8_t* strip = reader.strip(strip_n, strip_k);
-  alignas(64) float scale[16];
+  alignas(64) float scale[16] = {};
+  Bits row[kVecs];
+  reader.rows(strip_n, row);
   for (int t = 0; t < 4; ++t) {
-    if (t % reader.tiles_per_block == 0) reader.scales(strip_n, strip_k * 64 + t * 16, scale);
+    if (t % reader.tiles_per_block == 0) reader.scales(row, strip_n, strip_k * 64 + t * 16, scale);
     float* tile = out + t * 16 / kPanel * panel_stride + t * 16 % kPanel;
     UNROLL for (int p = 0; p < 8; ++p) {
       Bits bits[kVecs];
@@ -204,7 +226,9 @@ template <int T>
 SIMD void register_tile(int64_t depth, const float* panel, const float* x, float* c,
                         int64_t c_stride, bool adds) {
   Vec sum[T][2];
-  UNROLL for (int m = 0; m < T; ++m) sum[m][0] = sum[m][1] = zero();
+  UNROLL for (int m = 0; m < T; ++m) {
+    sum[m][0] = sum[m][1] = zero();
+  }
   for (int64_t j = 0; j < depth; ++j, panel += kPanel, x += T) {
     const Vec w0 = load(panel), w1 = load(panel + kLanes);
     UNROLL for (int m = 0; m < T; ++m) {
@@ -232,8 +256,7 @@ SIMD void widen(DType dtype, const void* from, float* to, int64_t count) {
   const bool is_bf16 = dtype == DType::kBFloat16;
   for (; i + kLanes <= count; i += kLanes)
     store(to + i, is_bf16 ? load_bf16(half + i) : load_f16(half + i));
-  for (; i < count; ++i)
-    to[i] = is_bf16 ? to_float(BFloat16{half[i]}) : to_float(Float16{half[i]});
+  for (; i < count; ++i) to[i] = is_bf16 ? to_float(BFloat16{half[i]}) : to_float(Float16{half[i]});
 }
 
 SIMD void narrow(DType dtype, const float* from, void* to, int64_t count) {
