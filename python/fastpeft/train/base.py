@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import io
 import logging
 import os
 import shutil
@@ -58,25 +60,31 @@ def smollm2_folder() -> Path:
         raise refuse(
             ConfigError, "model smollm2", "no gguf", "the package gguf", "Run: pip install gguf"
         ) from error
-    from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
-
     folder.parent.mkdir(parents=True, exist_ok=True)
     # Beside, then renamed: a killed conversion leaves no half folder that looks whole.
     beside = Path(tempfile.mkdtemp(prefix=".smollm2-", dir=folder.parent))
     try:
-        place = {"pretrained_model_name_or_path": str(gguf.parent), "gguf_file": gguf.name}
-        tokenizer = AutoTokenizer.from_pretrained(**place)
-        model = AutoModelForCausalLM.from_pretrained(
-            **place, quantization_config=GgufConfig(dequantize=True), dtype=torch.bfloat16
-        )
-        model.save_pretrained(beside)
-        tokenizer.save_pretrained(beside)
+        # The conversion draws bars of its own, whatever the verbosity.
+        with contextlib.redirect_stderr(io.StringIO()):
+            _convert(gguf, beside)
         if folder.exists():
             shutil.rmtree(folder)
         os.replace(beside, folder)
     finally:
         shutil.rmtree(beside, ignore_errors=True)
     return folder
+
+
+def _convert(gguf: Path, folder: Path) -> None:
+    from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
+
+    place = {"pretrained_model_name_or_path": str(gguf.parent), "gguf_file": gguf.name}
+    tokenizer = AutoTokenizer.from_pretrained(**place)
+    model = AutoModelForCausalLM.from_pretrained(
+        **place, quantization_config=GgufConfig(dequantize=True), dtype=torch.bfloat16
+    )
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
 
 
 def model_folder(name: str) -> Path:
