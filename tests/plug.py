@@ -187,7 +187,7 @@ def gradients(model: nn.Module, reentrant: bool | None, value=loss) -> tuple[flo
     """Loss and gradients of what trains, with no checkpointing (None) or one of its variants."""
     model.train()
     if reentrant is not None:
-        model.activation_checkpointing_enable({"use_reentrant": reentrant})
+        tiny.checkpoint_activations(model, reentrant)
     torch.manual_seed(11)
     total = value(model)
     total.backward()

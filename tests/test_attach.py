@@ -213,7 +213,7 @@ def test_modules_to_save_train_as_copies():
 def gradients(model: nn.Module, reentrant: bool | None) -> dict[str, torch.Tensor]:
     model.train()
     if reentrant is not None:
-        model.activation_checkpointing_enable({"use_reentrant": reentrant})
+        tiny.checkpoint_activations(model, reentrant)
         model.disable_input_require_grads()  # older versions do not set it: ours must do alone
     torch.manual_seed(11)
     tiny.loss(model).backward()
@@ -256,7 +256,7 @@ def test_missing_gradients_are_named():
     """Without the hook, reentrant checkpointing loses all gradients: the helper must tell."""
     model = build("llama")
     fastpeft.attach(model, lora(target_modules=["q_proj"]))
-    model.train().activation_checkpointing_enable({"use_reentrant": True})
+    tiny.checkpoint_activations(model.train(), True)
     model.disable_input_require_grads()
     for hooks in (model._forward_pre_hooks, model.get_input_embeddings()._forward_hooks):
         hooks.clear()

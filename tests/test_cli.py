@@ -78,7 +78,7 @@ def test_every_error_has_a_code_and_two_lines(error, code):
 def test_unknown_words_are_input_errors(run):
     fails_in_two_lines(run("trian"), 2, "trian")
     fails_in_two_lines(run("plan", "1", "2"), 2, "K", "plan --help")
-    fails_in_two_lines(run("plan", "one", "2", "3"), 2, "M", "integer")
+    fails_in_two_lines(run("plan", "one", "2", "3"), 2, "M", "int")
     fails_in_two_lines(run("train", "--ranks", "3"), 2, "--ranks")
 
 

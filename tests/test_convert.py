@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import weakref
 
-import bitsandbytes
 import fastpeft
 import pytest
 import tiny
@@ -173,6 +172,7 @@ def test_quantised_models_are_refused():
 
 def test_bitsandbytes_layers_are_refused():
     model = tiny.llama()
+    bitsandbytes = pytest.importorskip("bitsandbytes")
     layer = bitsandbytes.nn.Linear4bit(64, 64, quant_type="nf4").to("cpu")
     model.model.layers[1].self_attn.q_proj = layer
     assert layer.weight.dtype == torch.uint8

@@ -300,7 +300,7 @@ def test_on_a_gpu(cuda, reentrant):
             start.copy_(torch.randn(start.shape, generator=torch.Generator().manual_seed(2)))
         model.train()
         if reentrant is not None:
-            model.activation_checkpointing_enable({"use_reentrant": reentrant})
+            tiny.checkpoint_activations(model, reentrant)
         ids, mask = (t.to(device) for t in padded())
         total = model(ids, labels=ids).loss + model(ids, labels=ids, attention_mask=mask).loss
         total.backward()

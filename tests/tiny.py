@@ -137,3 +137,10 @@ def assert_same(before, after) -> None:
         assert module == other, f"{name}: another module object"
         assert flag == other_flag, f"{name}: requires_grad {other_flag}, was {flag}"
         assert values.dtype == other_values.dtype and torch.equal(values, other_values), name
+
+
+def checkpoint_activations(model: nn.Module, reentrant: bool) -> None:
+    """Gradient checkpointing, by the name that this transformers has for it."""
+    old = getattr(model, "gradient_checkpointing_enable", None)
+    enable = getattr(model, "activation_checkpointing_enable", old)
+    enable({"use_reentrant": reentrant})

@@ -132,7 +132,7 @@ void test_quantize_int8(int64_t N, int64_t K) {
   std::vector<float> absmax(N, 0.0f);
   for (int64_t n = 0; n < N; ++n) {
     for (int64_t k = 0; k < K; ++k) absmax[n] = std::max(absmax[n], std::fabs(float(wide(w[n * K + k]))));
-    const float inverse = absmax[n] > 4e-37f ? 127.0f / absmax[n] : 0.0f;
+    const float inverse = int8_inverse(absmax[n]);
     for (int64_t k = 0; k < K; ++k) codes[n * K + k] = int8_t(std::nearbyintf(float(wide(w[n * K + k])) * inverse));
   }
   Buffer in(w), out(codes.size()), scales(N * sizeof(float));
@@ -404,7 +404,7 @@ void test_llm_int8(int64_t M, int64_t N, int64_t K, float threshold) {
   for (int64_t m = 0; m < M; ++m) {
     for (int64_t k = 0; k < K; ++k)
       if (!outlier[k]) scale[m] = std::max(scale[m], std::fabs(float(wide(x[m * K + k]))));
-    const float inverse = scale[m] > 4e-37f ? 127.0f / scale[m] : 0.0f;
+    const float inverse = int8_inverse(scale[m]);
     for (int64_t k = 0; k < K; ++k)
       q[m * K + k] = outlier[k] ? 0 : int8_t(std::nearbyintf(float(wide(x[m * K + k])) * inverse));
   }
