@@ -5,16 +5,18 @@
 #include "../csrc/core/check.h"
 #include "../csrc/core/types.h"
 
-#define FASTPEFT_CUDA_CHECK(call)                                                          \
-  do {                                                                                     \
-    const cudaError_t fastpeft_status = (call);                                            \
+#define FASTPEFT_CUDA_CHECK(call)                                                                  \
+  do {                                                                                             \
+    const cudaError_t fastpeft_status = (call);                                                    \
     FASTPEFT_CHECK(fastpeft_status == cudaSuccess, #call, ": ", cudaGetErrorName(fastpeft_status), \
-                   ", ", cudaGetErrorString(fastpeft_status));                             \
+                   ", ", cudaGetErrorString(fastpeft_status));                                     \
   } while (0)
 
 namespace fastpeft::cuda {
 
-inline cudaStream_t cuda_stream(Stream s) { return static_cast<cudaStream_t>(s); }
+inline cudaStream_t cuda_stream(Stream s) {
+  return static_cast<cudaStream_t>(s);
+}
 
 // After a launch: a bad configuration shows here, a fault inside the kernel at the next
 // synchronisation.
@@ -23,6 +25,10 @@ inline void check_launch(const char* kernel) {
   FASTPEFT_CHECK(status == cudaSuccess, kernel, ": launch failed: ", cudaGetErrorName(status), ", ",
                  cudaGetErrorString(status));
 }
+
+// Makes the current device's context current on this thread: the driver's own functions (tensor
+// maps) need it, and a thread of autograd may come here before any runtime call of its own.
+void bind_context();
 
 // Raises the kernel's limit of dynamic shared memory, once per kernel and device.
 void allow_shared_memory(const void* kernel, int shared_bytes);

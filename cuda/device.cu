@@ -46,6 +46,10 @@ DeviceFacts device_facts() {
   return facts[device];
 }
 
+void bind_context() {
+  FASTPEFT_CUDA_CHECK(cudaSetDevice(current_device()));
+}
+
 void allow_shared_memory(const void* kernel, int shared_bytes) {
   static std::mutex mutex;
   static std::set<std::pair<int, const void*>> done;

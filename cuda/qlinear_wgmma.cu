@@ -51,6 +51,8 @@ struct GemmArgs {
   int column_shift = 0;   // log2(blocksize / 64)
   int kblocks = 0;        // reduction / 64
   int tiles_r = 0, tiles_t = 0;
+  int x_bytes =
+      0;  // of a stage of x: few tokens fill only part of a tile, the rest is never stored
   const void* scales = nullptr;         // [scale_columns][padded_n] float32, or uint8 with nested
   const float* nested = nullptr;        // [257 + groups]
   const __nv_bfloat16* bias = nullptr;  // [rows] or null
@@ -193,7 +195,7 @@ FASTPEFT_DEVICE void load_tiles(const Maps& maps, const GemmArgs& a, const Sched
       barrier_wait(empty0 + 8 * ring.stage, ring.phase);
       const uint32_t full = full0 + 8 * ring.stage;
       const uint32_t w = base + C::kWAt + ring.stage * C::kWBytes;
-      barrier_expect(full, C::kXBytes + C::kWBytes);
+      barrier_expect(full, a.x_bytes + C::kWBytes);
       if (C::kDgrad)
         tma_load_3d(w, &maps.w, full, 0, item.row * 2, kb * 4);
       else
@@ -205,7 +207,7 @@ FASTPEFT_DEVICE void load_tiles(const Maps& maps, const GemmArgs& a, const Sched
         item.end ==
             schedule.kblocks) {  // the tokens' low-rank factor [kTokens][64], zeros beyond R
       barrier_wait(empty0 + 8 * ring.stage, ring.phase);
-      barrier_expect(full0 + 8 * ring.stage, C::kXBytes);
+      barrier_expect(full0 + 8 * ring.stage, a.x_bytes);
       tma_load_2d(base + ring.stage * C::kXBytes, &maps.s, full0 + 8 * ring.stage, 0,
                   item.token * C::kTokens);
       ring.advance();
@@ -234,12 +236,14 @@ struct ScaleProducer {
   const int lane;
   float offset = 0.0f;
   bool has_fixed_groups;  // forward: the nested absmax of a row is the same for all of its blocks
+  bool has_shared_group;  // four rows from a multiple of four share their nested absmax
   float4 fixed;
 
   FASTPEFT_DEVICE ScaleProducer(const GemmArgs& args, const float* shared_map)
       : a(args), map(shared_map), lane(threadIdx.x & 31) {
     if (a.nested) offset = __ldg(a.nested) * (1.0f / kCodeGain);
     has_fixed_groups = !kDgrad && a.nested && 256 % a.scale_columns == 0;
+    has_shared_group = 64 % a.scale_columns == 0;
   }
   // Clamped, not tested: a branch around a load makes the compiler wait for each load by itself.
   // Scales outside the matrix meet zeros of the other operand or rows that are never stored: any
@@ -283,6 +287,16 @@ struct ScaleProducer {
     if (has_fixed_groups) {
 #pragma unroll
       for (int j = 0; j < kChunk; j++) raw.values[j] = fixed;
+      return;
+    }
+    if (has_shared_group) {
+#pragma unroll
+      for (int j = 0; j < kChunk; j++) {
+        const int k = min(kb + j, item.end - 1);
+        const uint32_t flat = uint32_t(row(item, k)) * a.scale_columns + column(item, k);
+        const float v = __ldg(a.nested + 257 + (flat >> 8));
+        raw.values[j] = make_float4(v, v, v, v);
+      }
       return;
     }
 #pragma unroll
@@ -657,11 +671,14 @@ void run(const WeightView& w, GemmArgs a, const void* x, const void* s, void* y,
   a.tiles_t = ceil_div(a.M, tokens);
   a.scales = w.scales;
   a.nested = w.nested;
+  const int box = std::min<int>(tokens, round_up(a.M, 8));
+  a.x_bytes = box * kBlockK * 2;
+  bind_context();
   Maps maps;
-  maps.x = matrix_map(x, reduction, a.M, kBlockK, tokens);
+  maps.x = matrix_map(x, reduction, a.M, kBlockK, box);
   maps.w = weight_map(w, kDgrad);
   maps.y = matrix_map(y, a.rows, a.M, 64, 64);
-  maps.s = a.R ? matrix_map(s, a.R, a.M, 64, tokens) : maps.x;
+  maps.s = a.R ? matrix_map(s, a.R, a.M, 64, box) : maps.x;
   const int sm_count = device_facts().sm_count;
   if (tokens == 256)
     launch<Config<kDgrad, 256>>(a, maps, sm_count, stream);
