@@ -114,6 +114,60 @@ def test_gradients_are_pefts(tmp_path):
     torch.testing.assert_close(ours.grad, weight.grad, atol=1e-7, rtol=1e-5)
 
 
+# ---- the start
+
+
+@pytest.mark.parametrize("projection", [False, True])
+@pytest.mark.parametrize("name", ["llama", "gpt2", "opt"])
+def test_starts_as_the_tokens_it_names(name, projection):
+    """A prefix that starts as the keys and values of a text is that text in front, until it is
+    trained; the MLP reproduces them too."""
+    model, text = build(name), [5, 9, 3, 5, 80]
+    model.train()
+    fastpeft.attach(model, Prefix(P, projection=projection, init_weights=text))
+    assert all(m.training for m in model.modules())
+    assert fastpeft.adapters(model)["default"].init_weights is None
+    model.eval()
+    with fastpeft.disabled(model), torch.no_grad():
+        whole = torch.cat((torch.tensor(text).expand(2, -1), tiny.tokens()), dim=1)
+        expected = model(whole).logits[:, P:]
+    torch.testing.assert_close(logits(model), expected, atol=2e-5, rtol=1e-4)
+
+
+def test_starts_in_an_encoder():
+    """No text in front would do the same there; the first layer's keys and values are told."""
+    model, text = build("bert"), [5, 9, 3, 5, 80]
+    with torch.no_grad():
+        hidden = model.bert.embeddings(torch.tensor([text]))
+        attention = model.bert.encoder.layer[0].attention.self
+        wanted = torch.cat((attention.key(hidden), attention.value(hidden)), dim=-1)[0]
+    fastpeft.attach(model, Prefix(P, init_weights=text))
+    found = adapter_parameters(model, "default")["prompt_embeddings"]
+    torch.testing.assert_close(found[:, : 2 * tiny.HIDDEN], wanted, atol=1e-6, rtol=1e-5)
+
+
+def test_starts():
+    for start, length in (([7], 3), ([1, 2, 3, 4], 3)):  # repeated, cut
+        ids = (start * 3)[:length]
+        found = []
+        for given in (start, ids):
+            model = build("llama")
+            fastpeft.attach(model, Prefix(length, init_weights=given))
+            found.append(logits(model))
+        assert torch.equal(*found)
+    model = build("llama")
+    fastpeft.attach(model, Prefix(P, init_weights="zero"))
+    (zero,) = adapter_parameters(model, "default").values()
+    assert not zero.any()
+    torch.manual_seed(0)
+    fastpeft.attach(model, Prefix(P), "random")
+    torch.manual_seed(0)
+    ids = torch.randint(tiny.VOCABULARY, (P,)).tolist()
+    fastpeft.attach(model, Prefix(P, init_weights=ids), "named")
+    named, drawn = (adapter_parameters(model, n)["prompt_embeddings"] for n in ("named", "random"))
+    assert torch.equal(named, drawn)
+
+
 # ---- checkpointing
 
 
@@ -253,7 +307,7 @@ def test_quantised_after_attaching_is_the_same():
         if first:
             fastpeft.quantize(model, "nf4")
         torch.manual_seed(3)
-        fastpeft.attach(model, Prefix(P, projection=True))
+        fastpeft.attach(model, Prefix(P, projection=True, init_weights="normal"))
         if not first:
             fastpeft.quantize(model, "nf4")
         outputs.append(logits(model))

@@ -93,7 +93,9 @@ def test_positions_that_a_learned_table_has_not():
         ({"num_virtual_tokens": True}, "num_virtual_tokens: got True"),
         ({"projection": 1}, "projection: got 1, expected True or False"),
         ({"encoder_hidden_size": -4}, "encoder_hidden_size: got -4"),
-        ({"init_weights": "ones"}, "init_weights: got 'ones', expected None or 'zero'"),
+        ({"init_weights": "ones"}, "init_weights: got 'ones', expected None, 'zero', 'normal' or"),
+        ({"init_weights": [1.5]}, r"init_weights: got \[1.5\], expected"),
+        ({"init_weights": []}, r"init_weights: got \[\], expected"),
         ({"num_transformer_submodules": 2}, "num_transformer_submodules: got 2, expected 1"),
     ],
 )
@@ -163,6 +165,13 @@ def test_a_prefix_that_would_do_nothing():
 
 def test_heads_the_config_does_not_tell():
     model = with_config(num_key_value_heads=1)
-    fastpeft.attach(model, Prefix(P))
+    with pytest.raises(ConfigError, match=r"\[\(1, 2, 16\)\], expected \(1, 1, 16\) in each of 2"):
+        fastpeft.attach(model, Prefix(P))
+    fastpeft.attach(model, Prefix(P, init_weights="normal"))  # the model is not asked
     with pytest.raises(StateError, match="layer 0: got 1 key heads of 16, expected 2 of 16"):
         model(tiny.tokens())
+
+
+def test_tokens_that_are_none():
+    with pytest.raises(ConfigError, match="got token ids 3 to 128, expected 0 to 127"):
+        fastpeft.attach(build("llama"), Prefix(P, init_weights=[3, 128]))

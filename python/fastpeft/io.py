@@ -52,7 +52,7 @@ LAYOUTS: dict[str, Layout] = {
         prefix="base_model.",
         bare=frozenset(("prompt_embeddings",)),
         fields={"projection": "prefix_projection"},
-        start={"prefix_projection": False},
+        start={"prefix_projection": False, "init_weights": "zero"},
     ),
     "PROMPT_TUNING": Layout(
         prefix="base_model.",

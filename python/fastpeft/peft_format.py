@@ -74,7 +74,7 @@ def _read_config(method: Method, layout: Layout, raw: Mapping[str, Any], label: 
     for key, value in raw.items():
         if key in known:
             if value is not None and value not in ("", [], {}):  # else our default
-                values[known[key]] = layout.start.get(key, value)
+                values[known[key]] = value
         elif key not in _INERT | layout.inert and not _is_unset(value):
             raise refuse(
                 AdapterError,
@@ -92,6 +92,7 @@ def _read_config(method: Method, layout: Layout, raw: Mapping[str, Any], label: 
                     "an adapter whose base weights are the original ones",
                     "Convert it with peft's path_initial_model_for_weight_conversion first.",
                 )
+    values |= {known[key]: value for key, value in layout.start.items() if key in known}
     try:
         return method.config(**values)
     except (TypeError, AttributeError) as error:  # a value of the wrong kind

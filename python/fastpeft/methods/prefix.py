@@ -17,8 +17,7 @@ hence comes last in the backward pass, hands their collected gradients to the ML
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -31,7 +30,6 @@ from .model_inputs import (
     Arguments,
     add_hooks,
     argument_names,
-    check_count,
     check_positions,
     check_virtual_tokens,
     inner_model,
@@ -42,9 +40,11 @@ from .model_inputs import (
 from .prefix_attention import (
     KEYWORD,
     PrefixStates,
+    Recorder,
     implementation_with_prefix,
     implementation_without,
 )
+from .prefix_config import Prefix
 
 __all__ = ["Prefix", "PrefixAdapter"]
 
@@ -53,87 +53,33 @@ _WHAT = "Prefix"
 START_STD = 0.02
 
 
-@dataclass
-class Prefix:
-    """What `fastpeft.attach` needs to add a prefix. Fields are peft's PrefixTuningConfig's, but for
-    `projection` (prefix_projection there).
-
-    Attributes:
-        num_virtual_tokens: P >= 1.
-        projection: train an MLP that makes the keys and values. The file holds what it made, so a
-            loaded prefix has none and trains directly.
-        encoder_hidden_size: H, width of the MLP; None: Hkv * D.
-        init_weights: None: normal, of deviation 0.02 (peft draws with deviation 1, far from what a
-            model's own keys are); with projection as torch's layers start, the embedding with
-            deviation 1. "zero": all keys and values zero; without projection all virtual tokens
-            then stay alike, since they get the same gradient.
-        num_layers, num_attention_heads, token_dim: L, Hkv and Hkv * D; None: those of the model. A
-            value must be the model's.
-        num_transformer_submodules: 1, or None.
-        modules_to_save: names of modules that train as a whole and are stored with the prefix.
-        task_type: None: the model's ("CAUSAL_LM", ...). base_model_name_or_path: kept for the file.
-
-    Raises:
-        ConfigError: a value that cannot work.
-    """
-
-    num_virtual_tokens: int
-    projection: bool = False
-    encoder_hidden_size: int | None = None
-    init_weights: str | None = None
-    num_layers: int | None = None
-    num_attention_heads: int | None = None
-    token_dim: int | None = None
-    num_transformer_submodules: int | None = None
-    modules_to_save: Sequence[str] | None = None
-    task_type: str | None = None
-    base_model_name_or_path: str | None = None
-
-    def __post_init__(self) -> None:
-        check_count("num_virtual_tokens", self.num_virtual_tokens)
-        for name in ("encoder_hidden_size", "num_layers", "num_attention_heads", "token_dim"):
-            if getattr(self, name) is not None:
-                check_count(name, getattr(self, name))
-        if not isinstance(self.projection, bool):
-            raise refuse(
-                ConfigError, "projection", repr(self.projection), "True or False", "Pass a bool."
-            )
-        if self.init_weights not in (None, "zero"):
-            raise refuse(
-                ConfigError, "init_weights", repr(self.init_weights), "None or 'zero'", "Omit it."
-            )
-        if self.num_transformer_submodules not in (None, 1):
-            raise refuse(
-                ConfigError,
-                "num_transformer_submodules",
-                repr(self.num_transformer_submodules),
-                "1",
-                "A prefix for an encoder-decoder is not supported.",
-            )
-
-
 class PrefixAdapter(nn.Module):
     """The parameters of one prefix, float32.
 
     Args:
         config: with num_layers, num_attention_heads and token_dim filled in.
+        start: [P, 2 L Hkv D], what to start as; None: as config.init_weights says.
 
     Attributes:
         prompt_embeddings: Parameter [P, 2 L Hkv D], or absent with projection.
         embedding: Parameter [P, Hkv D], and transform: the MLP; with projection only.
     """
 
-    def __init__(self, config: Prefix, device: torch.device | None = None) -> None:
+    def __init__(
+        self,
+        config: Prefix,
+        start: Tensor | None = None,
+        device: torch.device | None = None,
+    ) -> None:
         super().__init__()
         self.layers, self.heads = config.num_layers, config.num_attention_heads
         self.length, width = config.num_virtual_tokens, 2 * config.num_layers * config.token_dim
+        if start is None:
+            start = torch.zeros(self.length, width, device=device)
+            if config.init_weights != "zero":
+                start.normal_(std=START_STD)
         if not config.projection:
-            start = torch.empty(self.length, width, device=device)
             self.prompt_embeddings = nn.Parameter(start)
-            if config.init_weights == "zero":
-                nn.init.zeros_(self.prompt_embeddings)
-            else:
-                nn.init.normal_(self.prompt_embeddings, std=START_STD)
             return
         hidden = config.encoder_hidden_size
         self.embedding = nn.Parameter(torch.randn(self.length, config.token_dim, device=device))
@@ -142,9 +88,16 @@ class PrefixAdapter(nn.Module):
             nn.Tanh(),
             nn.Linear(hidden, width, device=device),
         )
-        if config.init_weights == "zero":
-            nn.init.zeros_(self.transform[-1].weight)
-            nn.init.zeros_(self.transform[-1].bias)
+        self._fit(start)
+
+    @torch.no_grad()
+    def _fit(self, start: Tensor) -> None:
+        """The last layer that makes `start`: of all that do (H >= P) the smallest."""
+        inner, last = self.transform[:2](self.embedding), self.transform[2]
+        if start.is_meta:
+            return
+        last.bias.copy_(start.mean(dim=0))
+        last.weight.copy_((torch.linalg.pinv(inner) @ (start - last.bias)).T)
 
     def projected(self) -> Tensor:
         """[P, 2 L Hkv D]: what the file holds."""
@@ -205,7 +158,7 @@ class _Gather(torch.autograd.Function):
 def _before(base: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]):
     """Shifts the positions and hands the prefix to the layers."""
     store: PrefixStore = getattr(base, _STORE)
-    if not store.active:
+    if not store.active or isinstance(kwargs.get(KEYWORD), Recorder):
         return None
     arguments = Arguments(store.names, args, kwargs)
     named = arguments.named
@@ -230,8 +183,8 @@ def _before(base: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]):
 
 def _after(base: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
     """Every layer must have taken its part: a prefix that does nothing is an error."""
-    given: PrefixStates | None = kwargs.get(KEYWORD)
-    if given is None or torch.compiler.is_compiling():
+    given = kwargs.get(KEYWORD)
+    if not isinstance(given, PrefixStates) or torch.compiler.is_compiling():
         return
     layers = len(given.states) // 2
     dropping = base.training and getattr(base.config, "layerdrop", 0)
@@ -326,13 +279,69 @@ def _attach(model: nn.Module, config: Prefix, name: str) -> Prefix:
     base = _check_model(model)
     config = _resolve(base, config, task_type(model, config))
     implementation_with_prefix(implementation_without(base.config._attn_implementation))
-    adapter = PrefixAdapter(config, base.get_input_embeddings().weight.device)
+    device = base.get_input_embeddings().weight.device
+    adapter = PrefixAdapter(config, _start(base, config), device)
     if not hasattr(base, _STORE):
         setattr(base, _STORE, PrefixStore(base))
         add_hooks(base, _before, _after)
     store: PrefixStore = getattr(base, _STORE)
     store.adapters[name] = adapter.train(base.training)
-    return config
+    return replace(config, init_weights=None)  # it has begun
+
+
+@torch.no_grad()
+def _start(base: nn.Module, config: Prefix) -> Tensor | None:
+    """[P, 2 L Hkv D]: the model's own keys and values for the tokens to start from, or None.
+
+    Raises:
+        ConfigError: a layer has none, or others than the config tells; a token id out of range.
+    """
+    tokens = base.get_input_embeddings().weight
+    if isinstance(config.init_weights, str) or tokens.is_meta:
+        return None
+    length, vocabulary = config.num_virtual_tokens, tokens.shape[0]
+    if config.init_weights is None:
+        ids = torch.randint(vocabulary, (length,))
+    else:
+        given = torch.tensor(config.init_weights)
+        ids = given.repeat(-(-length // len(given)))[:length]
+        if int(ids.min()) < 0 or int(ids.max()) >= vocabulary:
+            raise refuse(
+                ConfigError,
+                "Prefix, init_weights",
+                f"token ids {int(ids.min())} to {int(ids.max())}",
+                f"0 to {vocabulary - 1}",
+                "Take the model's own tokenizer.",
+            )
+    found = _record(base, ids.to(tokens.device))
+    states = [state for layer in sorted(found) for state in found[layer]]
+    expected = (1, config.num_attention_heads, config.token_dim // config.num_attention_heads)
+    shapes = {(s.shape[0], s.shape[1], s.shape[3]) for s in states}
+    if sorted(found) != list(range(config.num_layers)) or shapes != {expected}:
+        raise refuse(
+            ConfigError,
+            f"Prefix for {type(base).__name__}",
+            f"keys in layers {sorted(found)}, (batch, heads, size) {sorted(shapes)}",
+            f"{expected} in each of {config.num_layers} layers, as its config says",
+            "This architecture is not supported. Use LoRA.",
+        )
+    stacked = torch.cat([state[:, :, -length:].to(tokens.device) for state in states])
+    return stacked.permute(2, 0, 1, 3).reshape(length, -1).float()
+
+
+def _record(base: nn.Module, ids: Tensor) -> dict[int, tuple[Tensor, Tensor]]:
+    """{layer: (key, value)} of one pass over ids [S], without dropout."""
+    recorder, current = Recorder(), base.config._attn_implementation
+    training = [module for module in base.modules() if module.training]
+    base.eval()
+    base.set_attn_implementation(implementation_with_prefix(implementation_without(current)))
+    try:
+        base(input_ids=ids.unsqueeze(0), **{KEYWORD: recorder})
+    finally:
+        base.set_attn_implementation(current)
+        for module in training:
+            module.training = True
+    return recorder.found
 
 
 def _detach(model: nn.Module, name: str) -> None:

@@ -97,6 +97,17 @@ class PrefixStates:
         return self._mask[1]
 
 
+class Recorder:
+    """Takes a prefix's place and notes the keys and values the layers have by themselves.
+
+    Attributes:
+        found: {layer: (key, value)}, each [B, Hkv, S, D].
+    """
+
+    def __init__(self) -> None:
+        self.found: dict[int, tuple[Tensor, Tensor]] = {}
+
+
 def implementation_with_prefix(implementation: str) -> str:
     """The name under which attention `implementation` is registered with a prefix in front;
     registers it on first use.
@@ -138,8 +149,14 @@ def _with_prefix(implementation: str, attention: type) -> Callable[..., Any]:
         attention_mask: Tensor | None,
         **kwargs: Any,
     ) -> tuple[Tensor, Tensor | None]:
-        prefix: PrefixStates | None = kwargs.pop(KEYWORD, None)
+        prefix: PrefixStates | Recorder | None = kwargs.pop(KEYWORD, None)
         inner = _eager_of(module) if implementation == "eager" else attention()[implementation]
+        if run is _flash:
+            named = _Other(module.config, _attn_implementation=implementation)
+            module = _Other(module, config=named)
+        if isinstance(prefix, Recorder):
+            prefix.found[module.layer_idx] = (key, value)
+            prefix = None
         if prefix is None:  # another model with the same config, or a cross-attention
             return inner(module, query, key, value, attention_mask, **kwargs)
         if kwargs.get("position_bias") is not None:
@@ -194,8 +211,6 @@ def _flash(inner, prefix, module, query, key, value, mask, kwargs):
             "one text a row",
             "Pad instead, or load the model with attn_implementation='sdpa'.",
         )
-    implementation = implementation_without(module.config._attn_implementation)
-    module = _Other(module, config=_Other(module.config, _attn_implementation=implementation))
     return inner(module, query, key, value, None if mask is None else prefix.widen(mask), **kwargs)
 
 
