@@ -237,7 +237,8 @@ def _start(tokens: Tensor, config: Prompt) -> Tensor:
         chosen = torch.randint(tokens.shape[0], (count,), device=tokens.device)
         return tokens[chosen].float()
     start = torch.empty(count, tokens.shape[1], device=tokens.device)
-    return nn.init.normal_(start, std=float(tokens.float().std()))
+    some = tokens[:: max(1, tokens.shape[0] // 4096)]  # a float copy of all would be large
+    return nn.init.normal_(start, std=float(some.float().std()))
 
 
 def _detach(model: nn.Module, name: str) -> None:
