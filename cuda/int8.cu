@@ -56,10 +56,11 @@ __global__ void __launch_bounds__(kThreads) quantize_rows_kernel(QuantizeRowsPar
   float top = 0.0f;
   for (int64_t k = int64_t(threadIdx.x) * kCount; k < p.K; k += step) {
     const Vec<T, kCount> v = load_vec<T, kCount>(x + k);
-    const Vec<uint8_t, kCount> flag = load_vec<uint8_t, kCount>(p.outlier + k);
 #pragma unroll
-    for (int i = 0; i < kCount; ++i)
-      if (!flag.v[i]) top = fmaxf(top, fabsf(float(to_acc(v.v[i]))));
+    for (int i = 0; i < kCount; ++i) {
+      const float a = fabsf(float(to_acc(v.v[i])));
+      if (p.threshold <= 0.0f || a < p.threshold) top = fmaxf(top, a);
+    }
   }
   top = block_max<kThreads>(top, scratch);
   const float inverse = int8_inverse(top);
@@ -137,7 +138,7 @@ __device__ __forceinline__ int list_outliers(const uint8_t* outlier, int64_t beg
   return total;
 }
 
-template <class T>
+template <class T, bool kAligned>  // aligned: N % 4 == 0, acc and y at multiples of 16 bytes
 __global__ void __launch_bounds__(kThreads) int8_epilogue_kernel(EpilogueArgs<T> a) {
   __shared__ uint16_t columns[kChunk];
   __shared__ int counts[kWarps];
@@ -154,10 +155,17 @@ __global__ void __launch_bounds__(kThreads) int8_epilogue_kernel(EpilogueArgs<T>
     const int64_t m = m0 + 8 * i;
     if (m >= a.M) break;
     const Acc<T> scale = a.scale[m];
+    Vec<int32_t, 4> acc = {};
+    if (kAligned) {
+      if (n0 < N) acc = load_vec<int32_t, 4>(a.acc + m * N + n0);
+    } else {
+#pragma unroll
+      for (int j = 0; j < 4; ++j)
+        if (n0 + j < N) acc.v[j] = a.acc[m * N + n0 + j];
+    }
 #pragma unroll
     for (int j = 0; j < 4; ++j)
-      if (n0 + j < N)
-        sum[i][j] = Acc<T>(a.acc[m * N + n0 + j]) * (scale * Acc<T>(absmax[j])) * Acc<T>(1.0 / (127.0 * 127.0));
+      sum[i][j] = Acc<T>(acc.v[j]) * (scale * Acc<T>(absmax[j])) * Acc<T>(1.0 / (127.0 * 127.0));
   }
   for (int64_t begin = 0; a.outlier && begin < K; begin += kChunk) {
     const int total = list_outliers(a.outlier, begin, K, a.w.is_aligned, columns, counts);
@@ -181,11 +189,18 @@ __global__ void __launch_bounds__(kThreads) int8_epilogue_kernel(EpilogueArgs<T>
   for (int i = 0; i < 4; ++i) {
     const int64_t m = m0 + 8 * i;
     if (m >= a.M) break;
+    Vec<T, 4> out;
 #pragma unroll
     for (int j = 0; j < 4; ++j) {
-      if (n0 + j >= N) break;
-      if (a.bias) sum[i][j] += to_acc(a.bias[n0 + j]);
-      a.y[m * N + n0 + j] = from_acc<T>(sum[i][j]);
+      if (a.bias && n0 + j < N) sum[i][j] += to_acc(a.bias[n0 + j]);
+      out.v[j] = from_acc<T>(sum[i][j]);
+    }
+    if (kAligned) {
+      if (n0 < N) store_vec<T, 4>(a.y + m * N + n0, out);
+    } else {
+#pragma unroll
+      for (int j = 0; j < 4; ++j)
+        if (n0 + j < N) a.y[m * N + n0 + j] = out.v[j];
     }
   }
 }
@@ -292,10 +307,11 @@ void int8_epilogue(const Int8EpilogueParams& p) {
     const int64_t row_blocks = ceil_div<int64_t>(p.M, rows);
     FASTPEFT_CHECK(row_blocks < 65536, "int8_epilogue: ", p.M, " tokens in one launch");
     const dim3 grid(grid_blocks(p.w.N, columns), unsigned(row_blocks));
-    if (p.acc)
-      int8_epilogue_kernel<T><<<grid, kThreads, 0, cuda_stream(p.stream)>>>(a);
-    else
-      int8_dot_kernel<T><<<grid, kThreads, 0, cuda_stream(p.stream)>>>(a);
+    const bool is_wide = p.w.N % 4 == 0 && is_aligned(p.acc, 16) && is_aligned(p.y, 16);
+    const auto kernel = !p.acc     ? int8_dot_kernel<T>
+                        : is_wide ? int8_epilogue_kernel<T, true>
+                                  : int8_epilogue_kernel<T, false>;
+    kernel<<<grid, kThreads, 0, cuda_stream(p.stream)>>>(a);
     check_launch("int8_epilogue");
   });
 }
