@@ -122,24 +122,30 @@ struct Product {
     return std::max<int64_t>(1, (units >= 16 ? 512 : units >= 8 ? 256 : 96) / k.tile_tokens);
   }
 
-  // c (+)= tokens [first, first + count) times panels, for a range of tiles. result_unit >= 0: the
-  // result's unit will be written next.
-  void add_chunk(const float* panels, const float* tokens, int64_t tokens_depth, int64_t first,
-                 int64_t count, int64_t tile_begin, int64_t tile_end, float* c, bool adds,
-                 int64_t result_unit) const {
-    const int64_t m_first = tiling.begin(tile_begin);
-    for (int64_t tile = tile_begin; tile < tile_end; ++tile) {
+  // What one task holds: a unit of columns for a range of tiles, and its sums [tokens][kUnit].
+  struct Task {
+    int64_t unit, tile_begin, tile_end;
+    float* c;
+  };
+
+  // c (+)= tokens [first, first + count) times panels. is_last: the sums are complete then, and go
+  // out tile by tile, so that the stores hide behind the next tile's products.
+  void add_chunk(const Task& task, const float* panels, const float* tokens, int64_t tokens_depth,
+                 int64_t first, int64_t count, bool adds, bool is_last) const {
+    const int64_t m_first = tiling.begin(task.tile_begin);
+    for (int64_t tile = task.tile_begin; tile < task.tile_end; ++tile) {
       const int64_t m0 = tiling.begin(tile), size = tiling.size(tile);
       const float* x_tile = tokens + m0 * tokens_depth + first * size;
-      if (result_unit >= 0) fetch_result(result_unit, m0, size);
+      float* c = task.c + (m0 - m_first) * kUnit;
+      if (is_last) fetch_result(task.unit, m0, size);
       for (int64_t sub = 0; sub * k.panel < kUnit; ++sub)
-        k.tile[size](count, panels + sub * sub_stride(), x_tile,
-                     c + (m0 - m_first) * kUnit + sub * k.panel, kUnit, adds);
+        k.tile[size](count, panels + sub * sub_stride(), x_tile, c + sub * k.panel, kUnit, adds);
+      if (is_last) finish(task.unit, m0, size, c);
     }
   }
 
-  // Lines of the result that finish() will write, fetched while the last chunk computes: without it
-  // they cost 10 % at 1536 x 576, M = 512.
+  // Lines of the result that finish() will write, fetched while the tile computes: without it they
+  // cost 10 % at 1536 x 576, M = 512.
   void fetch_result(int64_t unit, int64_t m0, int64_t size) const {
     const int64_t first = unit * kUnit, width = std::min(kUnit, columns - first);
     for (int64_t m = m0; m < m0 + size; ++m) {
@@ -148,16 +154,16 @@ struct Product {
     }
   }
 
-  void finish(int64_t unit, int64_t tile_begin, int64_t tile_end, float* c) const {
+  void finish(int64_t unit, int64_t m0, int64_t size, float* c) const {
     const int64_t first = unit * kUnit, width = std::min(kUnit, columns - first);
-    for (int64_t m = tiling.begin(tile_begin); m < tiling.begin(tile_end); ++m, c += kUnit) {
+    for (int64_t m = m0; m < m0 + size; ++m, c += kUnit) {
       for (int64_t i = 0; bias && i < width; ++i) c[i] += bias[first + i];
       k.narrow(dtype, c, at(dtype, out, m * columns + first), width);
     }
   }
 
   // decode(unit, first, count, panels): reduction first ... first + count of the unit's columns;
-  // factor(unit, first, count, panels): the same for the low-rank factor.
+  // factor(unit, first, count, panels): the same for the low-rank factor, which goes first.
   template <class Decode, class Factor>
   void run(const Decode& decode, const Factor& factor) const {
     const int64_t units = ceil_div(columns, kUnit), per_block = tiles_per_block();
@@ -165,22 +171,19 @@ struct Product {
     parallel_for(units * blocks, 1, [&](int64_t begin, int64_t end) {
       const Buffer panels = buffer(kUnit * chunk());
       const Buffer c = buffer(per_block * k.tile_tokens * kUnit);
-      for (int64_t task = begin; task < end; ++task) {
-        const int64_t unit = task / blocks, tile_begin = task % blocks * per_block;
-        const int64_t tile_end = std::min(tiling.count, tile_begin + per_block);
-        for (int64_t j = 0; j < depth; j += chunk()) {
-          const int64_t count = std::min(chunk(), depth - j);
-          decode(unit, j, count, panels.get());
-          add_chunk(panels.get(), x, depth, j, count, tile_begin, tile_end, c.get(), j > 0,
-                    j + chunk() >= depth ? unit : -1);
-        }
+      for (int64_t i = begin; i < end; ++i) {
+        const int64_t unit = i / blocks, tile = i % blocks * per_block;
+        const Task task{unit, tile, std::min(tiling.count, tile + per_block), c.get()};
         for (int64_t j = 0; j < rank; j += chunk()) {
           const int64_t count = std::min(chunk(), rank - j);
           factor(unit, j, count, panels.get());
-          add_chunk(panels.get(), low_rank, rank, j, count, tile_begin, tile_end, c.get(), true,
-                    -1);
+          add_chunk(task, panels.get(), low_rank, rank, j, count, j > 0, false);
         }
-        finish(unit, tile_begin, tile_end, c.get());
+        for (int64_t j = 0; j < depth; j += chunk()) {
+          const int64_t count = std::min(chunk(), depth - j);
+          decode(unit, j, count, panels.get());
+          add_chunk(task, panels.get(), x, depth, j, count, rank > 0 || j > 0, j + count == depth);
+        }
       }
     });
   }

@@ -20,7 +20,9 @@ inline float block_scale(const WeightView& w, int64_t flat, int64_t place) {
   return product + w.nested[0];  // two roundings: built with -ffp-contract=off
 }
 
-// The exact float32 weight of rows 16*strip_n ... and columns 64*strip_k ..., zero outside [N, K].
-void decode_strip(const WeightView& w, int64_t strip_n, int64_t strip_k, float out[16][64]);
+// The exact float32 weight of rows 16*strip_n ... and columns 64*strip_k ...: out[n * stride + k].
+// Outside [N, K] whatever the padding decodes to.
+void decode_strip(const WeightView& w, int64_t strip_n, int64_t strip_k, float* out,
+                  int64_t stride);
 
 }  // namespace fastpeft::cpu

@@ -45,7 +45,7 @@ void fwd_plain(const QLinearFwdParams& p) {
     for (int64_t sn = begin; sn < end; ++sn) {
       std::fill(sum.begin(), sum.end(), Acc(0));
       for (int64_t sk = 0; sk * 64 < K; ++sk) {
-        decode_strip(p.w, sn, sk, strip);
+        decode_strip(p.w, sn, sk, strip[0], 64);
         const int64_t width = std::min<int64_t>(64, K - sk * 64);
         for (int64_t m = 0; m < M; ++m)
           for (int r = 0; r < 16; ++r)
@@ -79,7 +79,7 @@ void dgrad_plain(const QLinearDgradParams& p) {
       const int64_t width = std::min<int64_t>(64, K - sk * 64);
       std::fill(sum.begin(), sum.end(), Acc(0));
       for (int64_t sn = 0; sn * 16 < N; ++sn) {
-        decode_strip(p.w, sn, sk, strip);
+        decode_strip(p.w, sn, sk, strip[0], 64);
         const int64_t rows = std::min<int64_t>(16, N - sn * 16);
         for (int64_t m = 0; m < M; ++m) {
           Acc part[64] = {};

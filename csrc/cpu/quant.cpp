@@ -7,6 +7,7 @@
 #include "decode.h"
 #include "numbers.h"
 #include "parallel.h"
+#include "simd.h"
 
 namespace fastpeft::cpu {
 
@@ -96,7 +97,8 @@ void element_scales(const WeightView& w, int64_t n, int64_t k0, float scale[64])
   }
 }
 
-void decode_4bit_strip(const WeightView& w, int64_t strip_n, int64_t strip_k, float out[16][64]) {
+void decode_4bit_strip(const WeightView& w, int64_t strip_n, int64_t strip_k, float* out,
+                       int64_t stride) {
   const int64_t strips_k = ceil_div<int64_t>(w.K, kTileK);
   const uint8_t* strip =
       static_cast<const uint8_t*>(w.codes) + (strip_n * strips_k + strip_k) * kStripBytes;
@@ -109,48 +111,96 @@ void decode_4bit_strip(const WeightView& w, int64_t strip_n, int64_t strip_k, fl
     const uint8_t* row = strip + kPairPlace[r / 2] * 16 + r % 2;
     for (int k = 0; k < 64; k += 2) {
       const uint8_t byte = row[k / 16 * kTileBytes + kPairPlace[k % 16 / 2] * 2];
-      out[r][k] = table[byte & 15] * (by_column ? tile[r][k / 16] : element[k]);
-      out[r][k + 1] = table[byte >> 4] * (by_column ? tile[r][k / 16] : element[k + 1]);
+      float* to = out + r * stride + k;
+      to[0] = table[byte & 15] * (by_column ? tile[r][k / 16] : element[k]);
+      to[1] = table[byte >> 4] * (by_column ? tile[r][k / 16] : element[k + 1]);
     }
   }
 }
 
-void decode_int8_strip(const WeightView& w, int64_t strip_n, int64_t strip_k, float out[16][64]) {
+void decode_int8_strip(const WeightView& w, int64_t strip_n, int64_t strip_k, float* out,
+                       int64_t stride) {
   const int8_t* codes = static_cast<const int8_t*>(w.codes);
   const float* absmax = static_cast<const float*>(w.scales);
   for (int r = 0; r < 16; ++r) {
     const int64_t n = strip_n * 16 + r;
     for (int i = 0; i < 64; ++i) {
       const int64_t k = strip_k * 64 + i;
-      out[r][i] = n < w.N && k < w.K ? float(codes[n * w.K + k]) * absmax[n] * kInt8Step : 0.0f;
+      out[r * stride + i] =
+          n < w.N && k < w.K ? float(codes[n * w.K + k]) * absmax[n] * kInt8Step : 0.0f;
     }
   }
 }
 
 template <class T>
+void write_row(const SimdKernels* k, DType dtype, const float* from, T* to, int64_t count) {
+  if (k && dtype != DType::kFloat64) return k->narrow(dtype, from, to, count);
+  for (int64_t i = 0; i < count; ++i) to[i] = from_float(Tag<T>{}, from[i]);
+}
+
+// Four strips side by side, so that rows are written 256 columns at a time.
+template <class T>
 void dequantize_rows(const DequantizeParams& p) {
+  constexpr int64_t kStrips = 4, kWidth = kStrips * 64;
   T* out = static_cast<T*>(p.out);
+  const SimdKernels* k = simd_kernels();
   const int64_t K = p.w.K, first = p.row_begin / 16, strips_k = ceil_div<int64_t>(K, kTileK);
-  parallel_for(ceil_div<int64_t>(p.row_end, 16) - first, 1, [&](int64_t begin, int64_t end) {
-    float strip[16][64];
-    for (int64_t s = first + begin; s < first + end; ++s)
-      for (int64_t c = 0; c < strips_k; ++c) {
-        decode_strip(p.w, s, c, strip);
-        const int64_t width = std::min<int64_t>(64, K - c * 64);
-        const int64_t row_end = std::min(p.row_end, s * 16 + 16);
-        for (int64_t n = std::max(p.row_begin, s * 16); n < row_end; ++n)
-          for (int64_t i = 0; i < width; ++i)
-            out[(n - p.row_begin) * K + c * 64 + i] = from_float(Tag<T>{}, strip[n % 16][i]);
+  parallel_for(ceil_div<int64_t>(p.row_end, 16) - first, ceil_div<int64_t>(4096, K),
+               [&](int64_t begin, int64_t end) {
+                 alignas(64) float strips[16][kWidth];
+                 for (int64_t s = first + begin; s < first + end; ++s) {
+                   const int64_t row_begin = std::max(p.row_begin, s * 16);
+                   const int64_t row_end = std::min(p.row_end, s * 16 + 16);
+                   for (int64_t c = 0; c < strips_k; c += kStrips) {
+                     for (int64_t i = 0; i < kStrips && c + i < strips_k; ++i)
+                       decode_strip(p.w, s, c + i, &strips[0][i * 64], kWidth);
+                     const int64_t width = std::min(kWidth, K - c * 64);
+                     for (int64_t n = row_begin; n < row_end; ++n)
+                       write_row(k, p.dtype, strips[n % 16], out + (n - p.row_begin) * K + c * 64,
+                                 width);
+                   }
+                 }
+               });
+}
+
+// 16 rows to tiled order, or back. With even K a byte holds two columns of one row in either order,
+// high nibble first in the canonical, low first in the tiled one.
+void tile_strip_row(const TileParams& p, int64_t strip_n) {
+  const int64_t strips_k = ceil_div<int64_t>(p.K, kTileK);
+  const int64_t first = strip_n * strips_k * kStripBytes,
+                row_end = std::min(p.N, strip_n * 16 + 16);
+  if (p.to_tiled)
+    std::fill(p.to + first, p.to + first + strips_k * kStripBytes,
+              uint8_t(zero_code(p.format) * 0x11));
+  for (int64_t n = strip_n * 16; n < row_end; ++n) {
+    if (p.K % 2 == 0) {
+      const int64_t in_tile = first + kPairPlace[n % 16 / 2] * 16 + n % 2, row = n * p.K / 2;
+      for (int64_t k = 0; k < p.K; k += 2) {
+        const int64_t tiled = in_tile + k / 16 * kTileBytes + kPairPlace[k % 16 / 2] * 2;
+        const uint8_t byte = p.from[p.to_tiled ? row + k / 2 : tiled];
+        p.to[p.to_tiled ? tiled : row + k / 2] = uint8_t(byte << 4 | byte >> 4);
       }
-  });
+      continue;
+    }
+    for (int64_t k = 0; k < p.K; ++k) {
+      const int64_t e = n * p.K + k;
+      const uint8_t code = e % 2 ? p.from[e / 2] & 15 : p.from[e / 2] >> 4;
+      const NibblePlace place = tiled_place(n, k, p.K);
+      uint8_t& to = p.to[place.byte];
+      to = uint8_t((to & 0xF0 >> place.shift) | code << place.shift);
+    }
+  }
 }
 
 }  // namespace
 
-void decode_strip(const WeightView& w, int64_t strip_n, int64_t strip_k, float out[16][64]) {
-  if (is_4bit(w.format)) return decode_4bit_strip(w, strip_n, strip_k, out);
+void decode_strip(const WeightView& w, int64_t strip_n, int64_t strip_k, float* out,
+                  int64_t stride) {
+  const SimdKernels* k = simd_kernels();
+  if (k && simd_serves(w)) return k->decode_rows(w, strip_n, strip_k, out, stride, k->panel);
+  if (is_4bit(w.format)) return decode_4bit_strip(w, strip_n, strip_k, out, stride);
   FASTPEFT_CHECK(w.format == Format::kInt8, "no strips in format ", format_name(w.format));
-  decode_int8_strip(w, strip_n, strip_k, out);
+  decode_int8_strip(w, strip_n, strip_k, out, stride);
 }
 
 void quantize(const QuantizeParams& p) {
@@ -185,25 +235,14 @@ void quantize_absmax(const QuantizeAbsmaxParams& p) {
 }
 
 void tile(const TileParams& p) {
-  const int64_t strips_k = ceil_div<int64_t>(p.K, kTileK), count = p.N * p.K;
-  const uint8_t padding = uint8_t(zero_code(p.format) * 0x11);
-  if (p.to_tiled) {
-    parallel_for(ceil_div<int64_t>(p.N, kTileN), 1, [&](int64_t begin, int64_t end) {
-      for (int64_t s = begin; s < end; ++s) {
-        uint8_t* strips = p.to + s * strips_k * kStripBytes;
-        std::fill(strips, strips + strips_k * kStripBytes, padding);
-        for (int64_t n = s * 16; n < std::min(p.N, s * 16 + 16); ++n)
-          for (int64_t k = 0; k < p.K; ++k) {
-            const int64_t e = n * p.K + k;
-            const uint8_t code = e % 2 ? p.from[e / 2] & 15 : p.from[e / 2] >> 4;
-            const NibblePlace at = tiled_place(n, k, p.K);
-            p.to[at.byte] = uint8_t((p.to[at.byte] & 0xF0 >> at.shift) | code << at.shift);
-          }
-      }
-    });
-    return;
+  const int64_t count = p.N * p.K;
+  if (p.to_tiled || p.K % 2 == 0) {
+    return parallel_for(ceil_div<int64_t>(p.N, kTileN), ceil_div<int64_t>(4096, p.K),
+                        [&](int64_t begin, int64_t end) {
+                          for (int64_t s = begin; s < end; ++s) tile_strip_row(p, s);
+                        });
   }
-  // By canonical byte: with odd K a byte holds the end of one row and the start of the next.
+  // Back, by canonical byte: with odd K a byte holds the end of one row and the start of the next.
   parallel_for(ceil_div<int64_t>(count, 2), 8192, [&](int64_t begin, int64_t end) {
     for (int64_t b = begin; b < end; ++b) {
       uint8_t nibble[2] = {0, uint8_t(zero_code(p.format))};
