@@ -352,6 +352,7 @@ def test_doctor_knows_a_fix_for_each_problem(changes, what, fix):
 
 
 def test_plan(run):
+    pytest.importorskip("fastpeft._C", reason="the plan is printed by fastpeft._C: not built")
     code, out, _ = run("plan", "1", "576", "576", "--arch", "0", "--sm-count", "2", "--json")
     plan = json.loads(out)
     assert code == 0 and plan["kernel"] and plan["workspace_bytes"] >= 0

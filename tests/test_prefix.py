@@ -235,8 +235,10 @@ def test_token_by_token_is_the_whole():
     ids, cache, steps = tiny.tokens(), None, []
     with torch.no_grad():
         for index in range(9):
-            output = model(ids[:, index : index + 1], cache=cache, use_cache=True)
-            cache = output.cache
+            token = ids[:, index : index + 1]
+            output = model(token, use_cache=True, **{} if index == 0 else {name: cache})
+            name = "cache" if "cache" in output else "past_key_values"  # newer and older name
+            cache = output[name]
             steps.append(output.logits)
     assert cache.get_seq_length() == 9  # of the text alone
     torch.testing.assert_close(torch.cat(steps, dim=1), logits(model), atol=2e-6, rtol=1e-5)
