@@ -232,7 +232,7 @@ def test_token_by_token_is_the_whole():
     model = build("llama")
     fastpeft.attach(model, Prefix(P))
     shake(model, std=1.0)
-    ids, cache, steps = tiny.tokens(), None, []
+    ids, name, cache, steps = tiny.tokens(), "", None, []
     with torch.no_grad():
         for index in range(9):
             token = ids[:, index : index + 1]
