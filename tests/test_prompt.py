@@ -160,10 +160,13 @@ def test_a_copy_is_its_own_model():
 
 def test_starts():
     model = build("llama")
-    fastpeft.attach(model, Prompt(P, "SAMPLE_VOCAB"))
+    fastpeft.attach(model, Prompt(P), "words")
+    fastpeft.attach(model, Prompt(60, "RANDOM"), "noise")
     rows = model.get_input_embeddings().weight
-    prompt = adapter_parameters(model, "default")["prompt_embeddings"]
-    assert all((rows == row).all(dim=1).any() for row in prompt)
+    words, noise = (adapter_parameters(model, n)["prompt_embeddings"] for n in ("words", "noise"))
+    assert all((rows == row).all(dim=1).any() for row in words)
+    assert not any((rows == row).all(dim=1).any() for row in noise)
+    assert noise.std().item() == pytest.approx(rows.std().item(), rel=0.05)
 
 
 def test_refusals(tmp_path):

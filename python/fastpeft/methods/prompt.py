@@ -40,7 +40,7 @@ __all__ = ["Prompt", "PromptStore"]
 _STORE = "fastpeft_prompts"  # child of the inner model
 _IN_CACHE = "_fastpeft_prompt_tokens"  # on a cache object: how many of its tokens are a prompt's
 _WHAT = "Prompt"
-STARTS = ("RANDOM", "SAMPLE_VOCAB")
+STARTS = ("SAMPLE_VOCAB", "RANDOM")
 
 
 @dataclass
@@ -49,8 +49,10 @@ class Prompt:
 
     Attributes:
         num_virtual_tokens: P >= 1.
-        prompt_tuning_init: "RANDOM": normal, with the deviation of the model's own embeddings;
-            "SAMPLE_VOCAB": the embeddings of tokens drawn at random.
+        prompt_tuning_init: "SAMPLE_VOCAB": the embeddings of tokens drawn at random, the better
+            start (held-out loss of SmolLM2-135M at the start and after 15 steps, P = 16: 3.34 and
+            2.90; "RANDOM" 3.48 and 2.94; 3.18 without). "RANDOM": normal, with the deviation of
+            the model's own embeddings.
         token_dim, num_layers, num_attention_heads: None: those of the model; token_dim must be.
         num_transformer_submodules: 1, or None.
         modules_to_save: names of modules that train as a whole and are stored with the prompt.
@@ -61,7 +63,7 @@ class Prompt:
     """
 
     num_virtual_tokens: int
-    prompt_tuning_init: str = "RANDOM"
+    prompt_tuning_init: str = "SAMPLE_VOCAB"
     token_dim: int | None = None
     num_layers: int | None = None
     num_attention_heads: int | None = None
