@@ -6,9 +6,6 @@ import json
 from collections.abc import Iterable
 from typing import Any
 
-from rich.console import Console
-from rich.table import Table
-
 
 def as_bytes(count: float) -> str:
     """1536 -> "1.5 KiB"."""
@@ -27,13 +24,16 @@ def as_seconds(seconds: float) -> str:
 
 
 def table(rows: Iterable[tuple[str, str]], title: str | None = None) -> None:
-    """Prints name-value rows, never cutting a value short."""
-    grid = Table(title=title, title_justify="left", show_header=False, box=None, pad_edge=False)
-    grid.add_column(no_wrap=True)
-    grid.add_column(overflow="fold")
+    """Prints name-value rows; a value is never cut, its further lines stand below its first."""
+    rows = list(rows)
+    width = max((len(name) for name, _ in rows), default=0)
+    if title:
+        print(title)
     for name, value in rows:
-        grid.add_row(name, value)
-    Console(highlight=False, markup=False).print(grid)
+        first, *more = str(value).splitlines() or [""]
+        print(f"{name:<{width}}  {first}".rstrip())
+        for line in more:
+            print(f"{'':<{width}}  {line}".rstrip())
 
 
 def as_json(value: Any) -> None:
