@@ -1,5 +1,5 @@
 // Quantised linear layer without a 16-bit copy of W: the launchers, and the kernels for whatever the
-// tensor-core path (qlinear_skinny.cu) does not take: float32 and float64, int8, any K, any blocksize.
+// tensor-core path (qlinear_skinny_*.cu) does not take: float32 and float64, int8, any K, any blocksize.
 //
 //   qlinear_fwd    y [M, N]  = x W^T + bias + scaling * s B^T
 //   qlinear_dgrad  dx [M, K] = dy W + ds A
@@ -32,7 +32,7 @@ struct LoraTerm {
   float scaling;
 };
 
-template <class T, class W>
+template <class T, class W, bool kAligned>  // aligned: K % 16 == 0, x at a multiple of 16 bytes
 __global__ void __launch_bounds__(kThreads, 1)
     qlinear_fwd_kernel(W w, Codebook book, const T* __restrict__ x, const T* __restrict__ bias,
                        LoraTerm<T> lora, T* __restrict__ y, int64_t M) {
@@ -50,12 +50,17 @@ __global__ void __launch_bounds__(kThreads, 1)
     for (int m = 0; m < kFwdTokens; ++m) {
       if (m0 + m >= M) break;
       const T* row = x + (m0 + m) * w.K + tile * 16;
+      Vec<T, 16> piece;
+      if constexpr (kAligned) {
+        piece = load_vec<T, 16>(row);
+      } else {
+#pragma unroll
+        for (int i = 0; i < 16; ++i) piece.v[i] = tile * 16 + i < w.K ? row[i] : T(0.0f);
+      }
 #pragma unroll
       for (int i = 0; i < 16; ++i) {
-        if (tile * 16 + i >= w.K) break;
-        const Acc<T> value = to_acc(row[i]);
-        acc[0][m] += value * pair.w[0][i];
-        acc[1][m] += value * pair.w[1][i];
+        acc[0][m] += to_acc(piece.v[i]) * pair.w[0][i];
+        acc[1][m] += to_acc(piece.v[i]) * pair.w[1][i];
       }
     }
   }
@@ -150,7 +155,9 @@ void launch_fwd(const QLinearFwdParams& p, const W& w, const Codebook& book) {
   const LoraTerm<T> lora{p.R > 0 ? static_cast<const T*>(p.s) : nullptr,
                          static_cast<const T*>(p.lora_b), p.R, p.scaling};
   const dim3 grid = grid_of(ceil_div<int64_t>(p.w.N, 2 * kWarps), p.M, kFwdTokens);
-  qlinear_fwd_kernel<T, W><<<grid, kThreads, 0, cuda_stream(p.stream)>>>(
+  const auto kernel = p.w.K % 16 == 0 && is_aligned(p.x, 16) ? qlinear_fwd_kernel<T, W, true>
+                                                              : qlinear_fwd_kernel<T, W, false>;
+  kernel<<<grid, kThreads, 0, cuda_stream(p.stream)>>>(
       w, book, static_cast<const T*>(p.x), static_cast<const T*>(p.bias), lora, static_cast<T*>(p.y), p.M);
   check_launch("qlinear_fwd_kernel");
 }

@@ -11,6 +11,8 @@
 //   absmax: 256 threads = one group of the second level
 //   tile:  a thread per 16 stored bytes (K % 16 == 0), else a thread a byte
 // Bound: reading w (2 or 4 bytes an element) and writing half a byte.
+#include <cmath>
+
 #include "check.cuh"
 #include "device/decode.cuh"
 #include "device/reduce.cuh"
@@ -20,7 +22,7 @@ namespace fastpeft::cuda {
 
 namespace {
 
-constexpr int kThreads = 256;
+constexpr int kThreads = 256, kBlocksPerSm = 4;
 constexpr int kElements = 8;  // consecutive elements a lane
 constexpr int kCells = 128, kCellCopies = 16;
 constexpr float kStep = 1099511627776.0f;  // 2^40: turns any positive difference into >= 1
@@ -29,12 +31,18 @@ struct Thresholds {
   float v[15];
 };
 
+struct Cell {
+  float below;            // thresholds of lower cells
+  float minus_threshold;  // -T * 2^40 of the cell's own threshold, -inf without one
+};
+
 struct Quantize4bitArgs {
   int64_t count, blocks;
   int block_shift;
-  uint8_t* codes;  // [ceil(count / 2)]
-  float* absmax;   // [blocks]
-  Thresholds thresholds;
+  uint8_t* codes;         // [ceil(count / 2)]
+  float* absmax;          // [blocks]
+  Thresholds thresholds;  // FP4
+  Cell cells[kCells];     // NF4
 };
 
 // Code of t by counting thresholds below it.
@@ -43,21 +51,20 @@ struct Quantize4bitArgs {
 // are not, and one comparison remains. It is done on the FMA pipe: saturate((t - T) * 2^40) is 0 or
 // 1 exactly, because T * 2^40 is exact and an FMA rounds once. NaN saturates to 0, as "all
 // comparisons false". 16 copies of the table (one a half-warp lane) avoid bank conflicts.
+constexpr float kCellShift = 12582912.0f + 32.0f;  // 1.5 * 2^23: the integer lands in the low bits
+
 __device__ __forceinline__ int nf4_cell(float t) {
-  return __float_as_int(__fmaf_rn(t, 32.0f, 12582912.0f + 32.0f)) & (kCells - 1);
+  return __float_as_int(__fmaf_rn(t, 32.0f, kCellShift)) & (kCells - 1);
 }
 
-__device__ __forceinline__ void fill_cells(float2* cells, const Thresholds& thresholds) {
-  for (int i = threadIdx.x; i < kCells * kCellCopies; i += kThreads) {
-    const int cell = i / kCellCopies;
-    float below = 0.0f, threshold = __int_as_float(0x7F800000);
-#pragma unroll
-    for (int j = 0; j < 15; ++j) {
-      const int at = nf4_cell(thresholds.v[j]);
-      below += at < cell ? 1.0f : 0.0f;
-      if (at == cell) threshold = thresholds.v[j];
+void fill_cells(Cell* cells) {
+  for (int c = 0; c < kCells; ++c) {  // cells above 64 are met by NaN only
+    cells[c] = {0.0f, -INFINITY};
+    for (int i = 0; i < 15 && c <= 64; ++i) {
+      const int at = int(std::nearbyint(kNf4Threshold[i] * 32.0f)) + 32;  // as the sum above rounds
+      if (at < c) cells[c].below += 1.0f;
+      if (at == c) cells[c].minus_threshold = -kNf4Threshold[i] * kStep;
     }
-    cells[i] = make_float2(cell <= 64 ? below : 0.0f, -threshold * kStep);
   }
 }
 
@@ -69,10 +76,10 @@ constexpr uint64_t fp4_order() {
 }
 
 template <bool kNf4>
-__device__ __forceinline__ float code_of(float t, const float2* lane_cells, const Thresholds& th) {
+__device__ __forceinline__ float code_of(float t, const Cell* lane_cells, const Thresholds& th) {
   if constexpr (kNf4) {
-    const float2 cell = lane_cells[nf4_cell(t) * kCellCopies];
-    return cell.x + __saturatef(__fmaf_rn(t, kStep, cell.y));
+    const Cell cell = lane_cells[nf4_cell(t) * kCellCopies];
+    return cell.below + __saturatef(__fmaf_rn(t, kStep, cell.minus_threshold));
   } else {
     int below = 0;
 #pragma unroll
@@ -97,56 +104,63 @@ __device__ __forceinline__ void load_elements(const T* w, int64_t first, int64_t
   }
 }
 
+// 8 elements of a block -> 4 bytes of codes.
+template <bool kNf4>
+__device__ __forceinline__ void store_codes(const Quantize4bitArgs& a, const Cell* lane_cells,
+                                            const float (&v)[kElements], int64_t first, int64_t end,
+                                            float bounded, bool is_ragged) {
+  constexpr float kZero = float(zero_code(kNf4 ? Format::kNf4 : Format::kFp4));
+  const float inverse = __fdiv_rn(1.0f, bounded);
+  uint32_t bytes = 0;
+#pragma unroll
+  for (int i = 0; i < kElements; i += 2) {
+    const float t0 = is_ragged ? __fdiv_rn(v[i], bounded) : __fmul_rn(v[i], inverse);
+    const float t1 = is_ragged ? __fdiv_rn(v[i + 1], bounded) : __fmul_rn(v[i + 1], inverse);
+    const float c0 = code_of<kNf4>(t0, lane_cells, a.thresholds);
+    const float c1 = first + i + 1 < a.count ? code_of<kNf4>(t1, lane_cells, a.thresholds) : kZero;
+    bytes |= (__float_as_uint(c0 * 16.0f + (c1 + 8388608.0f)) & 255u) << (4 * i);  // even one high
+  }
+  uint8_t* out = a.codes + first / 2;
+  if (first + kElements <= end)
+    *reinterpret_cast<uint32_t*>(out) = bytes;
+  else
+    for (int i = 0; first + 2 * i < end; ++i) out[i] = uint8_t(bytes >> (8 * i));
+}
+
 template <class T, bool kNf4, bool kAligned>
-__global__ void __launch_bounds__(kThreads)
-    quantize_4bit_kernel(const T* __restrict__ w, Quantize4bitArgs a) {
-  __shared__ float2 cells[kNf4 ? kCells * kCellCopies : 1];
+__global__ void __launch_bounds__(kThreads, kBlocksPerSm)
+    quantize_4bit_kernel(const T* __restrict__ w, const __grid_constant__ Quantize4bitArgs a) {
+  __shared__ Cell cells[kNf4 ? kCells * kCellCopies : 1];
   if constexpr (kNf4) {
-    fill_cells(cells, a.thresholds);
+    for (int i = threadIdx.x; i < kCells * kCellCopies; i += kThreads) cells[i] = a.cells[i / kCellCopies];
     __syncthreads();
   }
-  const float2* lane_cells = cells + (kNf4 ? threadIdx.x % kCellCopies : 0);
+  const Cell* lane_cells = cells + (kNf4 ? threadIdx.x % kCellCopies : 0);
   const int blocksize = 1 << a.block_shift;
   const int group = min(32, blocksize / kElements);  // lanes a block
-  const int passes = blocksize / (kElements * group);
-  const int64_t block = int64_t(blockIdx.x) * (kThreads / group) + threadIdx.x / group;
-  const int64_t begin = block << a.block_shift;
-  const int64_t end = min(begin + blocksize, a.count);
-  const int64_t lane_begin = begin + (threadIdx.x % group) * kElements;
-
-  float v[kElements], absmax = 0.0f;
-  for (int pass = 0; pass < passes; ++pass) {
-    load_elements<T, kAligned>(w, lane_begin + int64_t(pass) * group * kElements, end, v);
+  const int passes = blocksize / (kElements * group), groups = kThreads / group;
+  for (int64_t chunk = blockIdx.x; chunk * groups < a.blocks; chunk += gridDim.x) {
+    const int64_t block = chunk * groups + threadIdx.x / group;
+    const int64_t begin = block << a.block_shift, end = min(begin + blocksize, a.count);
+    const int64_t lane_begin = begin + (threadIdx.x % group) * kElements;
+    float v[kElements], absmax = 0.0f;
+    for (int pass = 0; pass < passes; ++pass) {
+      load_elements<T, kAligned>(w, lane_begin + int64_t(pass) * group * kElements, end, v);
 #pragma unroll
-    for (int i = 0; i < kElements; ++i) absmax = fmaxf(absmax, fabsf(v[i]));
-  }
-  for (int offset = group / 2; offset > 0; offset /= 2)
-    absmax = fmaxf(absmax, __shfl_xor_sync(kAllLanes, absmax, offset));
-  if (block >= a.blocks) return;
-
-  const float bounded = fmaxf(absmax, kTinyAbsmax), inverse = __fdiv_rn(1.0f, bounded);
-  const bool is_ragged = begin + blocksize > a.count;
-  if (threadIdx.x % group == 0) a.absmax[block] = is_ragged ? bounded : absmax;
-  for (int pass = 0; pass < passes; ++pass) {
-    const int64_t first = lane_begin + int64_t(pass) * group * kElements;
-    if (first >= end) break;
-    if (passes > 1) load_elements<T, kAligned>(w, first, end, v);
-    uint32_t bytes = 0;
-#pragma unroll
-    for (int i = 0; i < kElements; i += 2) {
-      const float t0 = is_ragged ? __fdiv_rn(v[i], bounded) : __fmul_rn(v[i], inverse);
-      const float t1 = is_ragged ? __fdiv_rn(v[i + 1], bounded) : __fmul_rn(v[i + 1], inverse);
-      const float c0 = code_of<kNf4>(t0, lane_cells, a.thresholds);
-      const float c1 = first + i + 1 < a.count ? code_of<kNf4>(t1, lane_cells, a.thresholds)
-                                               : float(zero_code(kNf4 ? Format::kNf4 : Format::kFp4));
-      const uint32_t byte = __float_as_uint(c0 * 16.0f + (c1 + 8388608.0f)) & 255u;  // even = high
-      bytes |= byte << (4 * i);
+      for (int i = 0; i < kElements; ++i) absmax = fmaxf(absmax, fabsf(v[i]));
     }
-    uint8_t* out = a.codes + first / 2;
-    if (first + kElements <= end) {
-      *reinterpret_cast<uint32_t*>(out) = bytes;
-    } else {
-      for (int i = 0; first + 2 * i < end; ++i) out[i] = uint8_t(bytes >> (8 * i));
+    for (int offset = group / 2; offset > 0; offset /= 2)
+      absmax = fmaxf(absmax, __shfl_xor_sync(kAllLanes, absmax, offset));
+    if (block >= a.blocks) continue;
+
+    const float bounded = fmaxf(absmax, kTinyAbsmax);
+    const bool is_ragged = begin + blocksize > a.count;
+    if (threadIdx.x % group == 0) a.absmax[block] = is_ragged ? bounded : absmax;
+    for (int pass = 0; pass < passes; ++pass) {
+      const int64_t first = lane_begin + int64_t(pass) * group * kElements;
+      if (first >= end) break;
+      if (passes > 1) load_elements<T, kAligned>(w, first, end, v);
+      store_codes<kNf4>(a, lane_cells, v, first, end, bounded, is_ragged);
     }
   }
 }
@@ -286,7 +300,7 @@ __global__ void __launch_bounds__(kThreads) untile_bytes_kernel(TileParams p, in
 
 template <class T, bool kNf4>
 void launch_quantize_4bit(const QuantizeParams& p) {
-  Quantize4bitArgs a;
+  Quantize4bitArgs a = {};
   a.count = p.N * p.K;
   a.blocks = block_count(p.N, p.K, p.blocksize);
   a.block_shift = log2_exact(p.blocksize);
@@ -295,7 +309,10 @@ void launch_quantize_4bit(const QuantizeParams& p) {
   for (int i = 0; i < 15; ++i) a.thresholds.v[i] = kNf4 ? kNf4Threshold[i] : kFp4Threshold[i];
   const T* w = static_cast<const T*>(p.w);
   const int64_t lanes = p.blocksize / kElements < 32 ? p.blocksize / kElements : 32;
-  const unsigned grid = grid_blocks(a.blocks, kThreads / lanes);
+  if (kNf4) fill_cells(a.cells);
+  const unsigned blocks = grid_blocks(a.blocks, kThreads / lanes);
+  const unsigned resident = unsigned(device_facts().sm_count) * kBlocksPerSm;
+  const unsigned grid = blocks < resident ? blocks : resident;
   if (is_aligned(w, 16))
     quantize_4bit_kernel<T, kNf4, true><<<grid, kThreads, 0, cuda_stream(p.stream)>>>(w, a);
   else

@@ -3,22 +3,26 @@
 //   out[n - row_begin, k] = cast(float32(codebook[code[n, k]] * absmax(n, k)))     row-major [rows, K]
 //   absmax(b) = map[q[b]] * nested_absmax[b / 256] + offset
 //
-// dequantize_tiled_kernel (K % 64 == 0, 16- and 32-bit outputs). A warp takes 16 rows x 256 columns =
-// 4 strips of 512 bytes; a lane loads 16 bytes of each (one coalesced 512-byte load a strip):
+// dequantize_tiled_kernel (K % 64 == 0, 16- and 32-bit outputs). A warp takes kStrips neighbouring
+// strips (16 rows x 64 columns, 512 bytes each) a time; a lane loads 16 bytes of each, one coalesced
+// 512-byte load a strip:
 //
 //        strip (16 x 64):   tile 0    tile 1    tile 2    tile 3        lane = 8 * tile + r
 //        rows 2p, 2p+1      lane r    lane r+8  lane r+16 lane r+24     p = kPairOrder[r]
 //
 // A lane so holds 16 columns of two rows: 32 output bytes a row. Stored as they are, each 16-byte
-// store would fill half sectors. So lanes of tiles 2i and 2i+1 first trade halves of their PACKED
-// words (2 shuffles for 32 weights); then a pair of lanes writes whole 32-byte sectors together.
+// store instruction would fill half sectors. So lanes r and r^1 first trade halves of their PACKED
+// words (2 shuffles for 32 weights): the even one then holds columns 0..7, the odd one 8..15, of both
+// row pairs, and every store instruction of the warp writes four whole 128-byte lines.
 // Scales: lane (r, i) decodes the two rows of strip i, the others get them by shuffle, so every
 // scale of the warp is decoded once.
 // Codes become values through a codebook in shared memory with one copy a lane (no bank conflicts):
 // 1 LDS + 2 integer operations + 1 FMUL + half a conversion a weight.
+// kStrips is 2; 4 where that still runs as one wave of blocks. Outputs too big to stay in L2 are stored
+// evict-first.
 //
-// Bound: memory. 14336 x 4096 to bf16: 30.3 MB read + 117.4 MB written; the pipes that decode need
-// about a third of that time (figures: README.md).
+// Bound: memory. 14336 x 4096 to bf16: 30.3 MB read + 117.4 MB written. H200: 41.2 us, where a kernel
+// that only expands 1 byte to 4 takes 40.2 us; rejected neighbours: README.md.
 //
 // dequantize_any_kernel: any K, any blocksize, float64, int8: a thread an element.
 #include <algorithm>
@@ -33,15 +37,17 @@ namespace fastpeft::cuda {
 namespace {
 
 constexpr int kThreads = 256;
-constexpr int kStrips = 4;  // strips a warp, along k
-constexpr int kWarpsK = 8;  // warps of a block along k; the others along n
-constexpr int kWarpsN = kThreads / 32 / kWarpsK;
+constexpr int resident_blocks(int strips) { return strips == 4 ? 5 : 6; }  // what registers allow
+constexpr int64_t kResidentBytes = 24 << 20;  // outputs up to here are left to stay in L2
 
 struct DequantizeArgs {
   PackedWeight w;
   Codebook book;
   int64_t row_begin, row_end;
-  int strip_begin;  // row_begin / 16
+  int strip_begin;   // row_begin / 16
+  int groups_k;      // groups of kStrips strips along k
+  int groups;        // all of them
+  bool is_streamed;  // stores are evict-first
 };
 
 // 8 weights of one row: bytes 0 and 2 (row 2p) or 1 and 3 (row 2p+1) of a and b.
@@ -61,38 +67,41 @@ __device__ __forceinline__ void lookup8(const float* lane_table, uint32_t a, uin
 }
 
 template <class T>
-__device__ __forceinline__ void store8(T* out, const float (&v)[8]) {
+__device__ __forceinline__ void store8(T* out, const float (&v)[8], bool is_streamed) {
   if constexpr (sizeof(T) == 2) {
-    *reinterpret_cast<uint4*>(out) = make_uint4(pack_pair<T>(v[0], v[1]), pack_pair<T>(v[2], v[3]),
-                                                pack_pair<T>(v[4], v[5]), pack_pair<T>(v[6], v[7]));
+    const uint4 piece = make_uint4(pack_pair<T>(v[0], v[1]), pack_pair<T>(v[2], v[3]),
+                                   pack_pair<T>(v[4], v[5]), pack_pair<T>(v[6], v[7]));
+    if (is_streamed)
+      __stcs(reinterpret_cast<uint4*>(out), piece);
+    else
+      *reinterpret_cast<uint4*>(out) = piece;
   } else {
     reinterpret_cast<float4*>(out)[0] = make_float4(v[0], v[1], v[2], v[3]);
     reinterpret_cast<float4*>(out)[1] = make_float4(v[4], v[5], v[6], v[7]);
   }
 }
 
-// kHalves: blocksize 32, two blocks a strip row.
-template <class T, bool kNested, bool kHalves>
-__global__ void __launch_bounds__(kThreads) dequantize_tiled_kernel(DequantizeArgs a, T* __restrict__ out) {
+// kHalf: 2 when blocksize is 32, two blocks a strip row; else 1.
+template <class T, bool kNested, int kHalf, int kStrips>
+__global__ void __launch_bounds__(kThreads, resident_blocks(kStrips))
+    dequantize_tiled_kernel(DequantizeArgs a, T* __restrict__ out) {
   __shared__ float table[16 * 32], map[kNested ? 256 : 1];
   const PackedWeight& w = a.w;
-  const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
-  const int r = lane % 8, strip_lane = lane / 8;  // strip_lane: tile when loading, strip when scaling
-  const int ks = (int(blockIdx.x) * kWarpsK + warp % kWarpsK) * kStrips;
-  const int ns = a.strip_begin + int(blockIdx.y) * kWarpsN + warp / kWarpsK;
-  const bool is_inside = ns < w.strips_n && ks < w.strips_k;
-  const int64_t n0 = int64_t(ns) * kTileN + 2 * pair_order(r);
+  const int lane = threadIdx.x % 32, r = lane % 8, tile = lane / 8;
+  const int group = blockIdx.x * (kThreads / 32) + threadIdx.x / 32;
+  const int strip_row = group / a.groups_k, ks = group % a.groups_k * kStrips;
 
-  uint4 q[kStrips] = {};
-  RawScales<kNested> raw[kHalves ? 2 : 1];
-  if (is_inside) {
-    const uint8_t* codes = w.codes + (int64_t(ns) * w.strips_k + ks) * kStripBytes + lane * 16;
+  uint4 codes[kStrips];
+  RawScales<kNested> raw[kHalf];
+  if (group < a.groups) {
+    const int64_t ns = a.strip_begin + strip_row;
+    const uint8_t* from = w.codes + (ns * w.strips_k + ks) * kStripBytes + lane * 16;
 #pragma unroll
     for (int i = 0; i < kStrips; ++i)
-      if (ks + i < w.strips_k) q[i] = load_stream(codes + i * kStripBytes);
+      if (ks + i < w.strips_k) codes[i] = load_stream(from + i * kStripBytes);
 #pragma unroll
-    for (int h = 0; h < (kHalves ? 2 : 1); ++h)
-      raw[h].load(w, n0, int64_t(ks + strip_lane) * kTileK + 32 * h);
+    for (int h = 0; h < kHalf; ++h)
+      raw[h].load(w, ns * kTileN + 2 * pair_order(r), int64_t(ks + tile % kStrips) * kTileK + 32 * h);
   }
   fill_codebook(table, a.book);
   float offset = 0.0f;
@@ -101,50 +110,50 @@ __global__ void __launch_bounds__(kThreads) dequantize_tiled_kernel(DequantizeAr
     offset = __ldg(w.nested);
   }
   __syncthreads();
-  if (!is_inside) return;
+  if (group >= a.groups) return;
 
-  float absmax[2][kHalves ? 2 : 1];
+  float absmax[2][kHalf];
 #pragma unroll
   for (int row = 0; row < 2; ++row)
 #pragma unroll
-    for (int h = 0; h < (kHalves ? 2 : 1); ++h) absmax[row][h] = raw[h].decode(row, map, offset);
-
+    for (int h = 0; h < kHalf; ++h) absmax[row][h] = raw[h].decode(row, map, offset);
   const float* lane_table = table + lane;
-  const bool is_odd = strip_lane & 1;
+  const bool is_odd = r & 1;
   const uint32_t keep = is_odd ? 0x7632u : 0x5410u, send = is_odd ? 0x5410u : 0x7632u;
-  const bool writes[2] = {n0 >= a.row_begin && n0 < a.row_end, n0 + 1 >= a.row_begin && n0 + 1 < a.row_end};
-  T* row_out = out + (n0 - a.row_begin) * w.K + int64_t(ks) * kTileK + (strip_lane & 2) * 16 + is_odd * 8;
+  // of the output: rows of lanes r & ~1; those of r | 1 are 8 below
+  const int row0 = strip_row * kTileN + 2 * pair_order(r & ~1) - int(a.row_begin % kTileN);
+  const unsigned rows = unsigned(a.row_end - a.row_begin);
+  T* const at = out + int64_t(row0) * w.K + ks * kTileK + tile * 16 + is_odd * 8;
 #pragma unroll
   for (int i = 0; i < kStrips; ++i) {
     if (ks + i >= w.strips_k) break;
-    // this lane's column half (even: 0..7, odd: 8..15) of tiles 2j (even_*) and 2j+1 (odd_*)
-    const uint32_t mine0 = __byte_perm(q[i].x, q[i].y, keep), mine1 = __byte_perm(q[i].z, q[i].w, keep);
-    const uint32_t other0 = __shfl_xor_sync(kAllLanes, __byte_perm(q[i].x, q[i].y, send), 8);
-    const uint32_t other1 = __shfl_xor_sync(kAllLanes, __byte_perm(q[i].z, q[i].w, send), 8);
-    const uint32_t even0 = is_odd ? other0 : mine0, even1 = is_odd ? other1 : mine1;
-    const uint32_t odd0 = is_odd ? mine0 : other0, odd1 = is_odd ? mine1 : other1;
-    float scale[2];
+    const uint4 q = codes[i];
+    const uint32_t mine[2] = {__byte_perm(q.x, q.y, keep), __byte_perm(q.z, q.w, keep)};
+    const uint32_t other[2] = {__shfl_xor_sync(kAllLanes, __byte_perm(q.x, q.y, send), 1),
+                               __shfl_xor_sync(kAllLanes, __byte_perm(q.z, q.w, send), 1)};
 #pragma unroll
-    for (int row = 0; row < 2; ++row) {
-      scale[row] = __shfl_sync(kAllLanes, absmax[row][0], r + 8 * i);
-      if constexpr (kHalves) {
-        const float second = __shfl_sync(kAllLanes, absmax[row][1], r + 8 * i);
-        scale[row] = strip_lane & 2 ? second : scale[row];
+    for (int p = 0; p < 2; ++p) {  // the row pairs of lanes r & ~1 and r | 1
+      const uint32_t low = p == is_odd ? mine[0] : other[0], high = p == is_odd ? mine[1] : other[1];
+      float scale[2];
+#pragma unroll
+      for (int row = 0; row < 2; ++row) {
+        const int source = ((r & ~1) | p) + 8 * i;
+        scale[row] = __shfl_sync(kAllLanes, absmax[row][0], source);
+        if constexpr (kHalf == 2) {
+          const float second = __shfl_sync(kAllLanes, absmax[row][1], source);
+          scale[row] = tile >= 2 ? second : scale[row];
+        }
       }
-    }
-    float v[8];
-    T* at = row_out + i * kTileK;
-    if (writes[0]) {
-      lookup8<0>(lane_table, even0, even1, scale[0], v);
-      store8(at, v);
-      lookup8<0>(lane_table, odd0, odd1, scale[0], v);
-      store8(at + 16, v);
-    }
-    if (writes[1]) {
-      lookup8<1>(lane_table, even0, even1, scale[1], v);
-      store8(at + w.K, v);
-      lookup8<1>(lane_table, odd0, odd1, scale[1], v);
-      store8(at + w.K + 16, v);
+      T* const to = at + 8 * p * w.K + i * kTileK;
+      float v[8];
+      if (unsigned(row0 + 8 * p) < rows) {
+        lookup8<0>(lane_table, low, high, scale[0], v);
+        store8(to, v, a.is_streamed);
+      }
+      if (unsigned(row0 + 8 * p + 1) < rows) {
+        lookup8<1>(lane_table, low, high, scale[1], v);
+        store8(to + w.K, v, a.is_streamed);
+      }
     }
   }
 }
@@ -186,28 +195,35 @@ __global__ void __launch_bounds__(kThreads)
   }
 }
 
-template <class T>
-void launch_tiled(const DequantizeArgs& a, const DequantizeParams& p) {
-  T* out = static_cast<T*>(p.out);
-  const int strips_n = int(ceil_div<int64_t>(p.row_end, kTileN)) - a.strip_begin;
-  const dim3 grid(ceil_div(a.w.strips_k, kStrips * kWarpsK), ceil_div(strips_n, kWarpsN));
-  FASTPEFT_CHECK(grid.y < 65536, "dequantize: ", p.row_end - p.row_begin, " rows in one launch");
-  const cudaStream_t stream = cuda_stream(p.stream);
-  const bool halves = p.w.blocksize < kTileK;
-  if (p.w.nested && halves)
-    dequantize_tiled_kernel<T, true, true><<<grid, kThreads, 0, stream>>>(a, out);
-  else if (p.w.nested)
-    dequantize_tiled_kernel<T, true, false><<<grid, kThreads, 0, stream>>>(a, out);
-  else if (halves)
-    dequantize_tiled_kernel<T, false, true><<<grid, kThreads, 0, stream>>>(a, out);
-  else
-    dequantize_tiled_kernel<T, false, false><<<grid, kThreads, 0, stream>>>(a, out);
+template <class T, bool kNested, int kHalf, int kStrips>
+void launch_tiled(DequantizeArgs a, int64_t strips_n, T* out, cudaStream_t stream) {
+  a.groups_k = ceil_div(a.w.strips_k, kStrips);
+  FASTPEFT_CHECK(strips_n * a.groups_k < (int64_t(1) << 31), "dequantize: ", a.w.N, " x ", a.w.K,
+                 " in one launch");
+  a.groups = int(strips_n) * a.groups_k;
+  dequantize_tiled_kernel<T, kNested, kHalf, kStrips>
+      <<<ceil_div(a.groups, kThreads / 32), kThreads, 0, stream>>>(a, out);
   check_launch("dequantize_tiled_kernel");
+}
+
+template <class T, bool kNested>
+void launch_tiled(DequantizeArgs& a, const DequantizeParams& p) {
+  T* out = static_cast<T*>(p.out);
+  const cudaStream_t stream = cuda_stream(p.stream);
+  const int64_t strips_n = ceil_div<int64_t>(p.row_end, kTileN) - a.strip_begin;
+  const int64_t warps = strips_n * ceil_div(a.w.strips_k, 4), in_a_wave = device_facts().sm_count * 5 * (kThreads / 32);
+  a.is_streamed = (p.row_end - p.row_begin) * p.w.K * int64_t(sizeof(T)) > kResidentBytes;
+  if (p.w.blocksize < kTileK)
+    launch_tiled<T, kNested, 2, 2>(a, strips_n, out, stream);
+  else if (warps <= in_a_wave)
+    launch_tiled<T, kNested, 1, 4>(a, strips_n, out, stream);
+  else
+    launch_tiled<T, kNested, 1, 2>(a, strips_n, out, stream);
 }
 
 template <class T>
 void dequantize_4bit(const DequantizeParams& p) {
-  DequantizeArgs a;
+  DequantizeArgs a = {};
   a.w = packed_weight(p.w);
   a.book = codebook(p.w.format);
   a.row_begin = p.row_begin;
@@ -215,8 +231,7 @@ void dequantize_4bit(const DequantizeParams& p) {
   a.strip_begin = int(p.row_begin / kTileN);
   if constexpr (!std::is_same_v<T, double>) {
     if (p.w.K % kTileK == 0 && is_aligned(p.out, 16) && is_aligned(p.w.codes, 16)) {
-      launch_tiled<T>(a, p);
-      return;
+      return p.w.nested ? launch_tiled<T, true>(a, p) : launch_tiled<T, false>(a, p);
     }
   }
   const int64_t count = (p.row_end - p.row_begin) * p.w.K;

@@ -23,6 +23,12 @@ __device__ __forceinline__ void copy_async16(uint32_t shared, const void* global
                "r"(valid_bytes)
                : "memory");
 }
+// The same for 4 bytes.
+__device__ __forceinline__ void copy_async4(uint32_t shared, const void* global, int valid_bytes) {
+  asm volatile("cp.async.ca.shared.global [%0], [%1], 4, %2;" ::"r"(shared), "l"(global),
+               "r"(valid_bytes)
+               : "memory");
+}
 __device__ __forceinline__ void commit_copies() { asm volatile("cp.async.commit_group;" ::: "memory"); }
 template <int kPending>
 __device__ __forceinline__ void wait_copies() {

@@ -143,7 +143,27 @@ void bench_shape(const Shape& s) {
     p.stream = stream;
     cuda::dequantize(p);
   });
-  for (const int64_t M : {1, 2, 4, 8, 16, 32})
+  for (const int64_t M : {1, 4}) {  // the general kernels
+    time_case(label("fwd float32", s, M), copies, weight_bytes(s), [&](int i, cudaStream_t stream) {
+      QLinearFwdParams p;
+      p.w = weights[i]->view;
+      p.M = M;
+      p.x = x.p;
+      p.y = y.p;
+      p.stream = stream;
+      cuda::qlinear_fwd(p);
+    });
+    time_case(label("dgrad float32", s, M), copies, weight_bytes(s), [&](int i, cudaStream_t stream) {
+      QLinearDgradParams p;
+      p.w = weights[i]->view;
+      p.M = M;
+      p.dy = x.p;
+      p.dx = y.p;
+      p.stream = stream;
+      cuda::qlinear_dgrad(p);
+    });
+  }
+  for (const int64_t M : {1, 2, 4, 8, 16, 32, 64})
     for (const int64_t R : {0, 16}) {
       if (R && M != 1 && M != 16) continue;
       const char* tail = R ? " R=16" : "";
@@ -222,7 +242,7 @@ void bench_rest() {
     p.stream = stream;
     cuda::dequantize(p);
   });
-  for (const int64_t tokens : {1, 8}) {
+  for (const int64_t tokens : {1, 4, 8}) {
     const std::string m = std::to_string(tokens);
     WeightView view;
     view.format = Format::kInt8;
