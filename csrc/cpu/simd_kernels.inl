@@ -11,8 +11,17 @@
 //                            the code of the even, odd row of the pair stored at `row` (16 bytes)
 //   load_bytes, spread, ramp, add_bits, min_bits, gather: 32-bit integer lanes for the scales
 
+// How far ahead packed bytes are fetched: the hardware's prefetcher stops at a page. 4096 x 4096,
+// M = 1, weights not in cache, one Sapphire Rapids thread: none 1388 us, 1 KiB 1066, 4 KiB 909, 8
+// KiB 902.
+constexpr int kAheadBytes = 4096;
 constexpr int kVecs = 16 / kLanes;  // vectors for the 16 rows or columns of a tile
 constexpr int kPanel = 2 * kLanes;  // columns of a register tile
+
+SIMD_INLINE void fetch_tile(const uint8_t* tile) {
+  __builtin_prefetch(tile);
+  __builtin_prefetch(tile + 64);
+}
 
 // Strips of a weight and the scales of their rows. A strip has one scale a row when blocksize >= 64
 // and two when it is 32; blocks that begin beyond K (K % 64 != 0) have scale 0.
@@ -90,6 +99,7 @@ SIMD void few_fwd(const WeightView& w, int64_t strip_n, const float* x, int64_t 
       for (int t = first; t < first + reader.tiles_per_block; ++t) {
         Bits bits[4][kVecs];
         load_columns(strip + t * kTileBytes, bits);
+        fetch_tile(strip + t * kTileBytes + kAheadBytes);
         const float* xt = x + strip_k * 64 + t * 16;
         UNROLL for (int c = 0; c < 4; ++c) {
           UNROLL for (int v = 0; v < kVecs; ++v) {
@@ -136,6 +146,7 @@ SIMD void few_dgrad(const WeightView& w, int64_t begin, int64_t end, const float
     for (int64_t strip_k = begin; strip_k < end; ++strip_k) {
       const uint8_t* strip = reader.strip(strip_n, strip_k);
       for (int t = 0; t < 4; ++t) {
+        fetch_tile(reader.strip(strip_n + 1, strip_k) + t * kTileBytes);
         if (t % reader.tiles_per_block == 0) {
           reader.scales(row, strip_n, strip_k * 64 + t * 16, scale);
           UNROLL for (int v = 0; v < kVecs; ++v) {
@@ -185,6 +196,7 @@ SIMD void decode_columns(const WeightView& w, int64_t strip_n, int64_t strip_k, 
     if (t % reader.tiles_per_block == 0) reader.scales(row, strip_n, strip_k * 64 + t * 16, scale);
     Bits bits[4][kVecs];
     load_columns(strip + t * kTileBytes, bits);
+    fetch_tile(strip + t * kTileBytes + kAheadBytes / 2);
     UNROLL for (int c = 0; c < 4; ++c) {
       UNROLL for (int v = 0; v < kVecs; ++v) {
         const Vec s = load(scale + v * kLanes);
@@ -208,6 +220,7 @@ SIMD void decode_rows(const WeightView& w, int64_t strip_n, int64_t strip_k, flo
   reader.rows(strip_n, row);
   for (int t = 0; t < 4; ++t) {
     if (t % reader.tiles_per_block == 0) reader.scales(row, strip_n, strip_k * 64 + t * 16, scale);
+    fetch_tile(reader.strip(strip_n + 4, strip_k) + t * kTileBytes);
     float* tile = out + t * 16 / kPanel * panel_stride + t * 16 % kPanel;
     UNROLL for (int p = 0; p < 8; ++p) {
       Bits bits[kVecs];
