@@ -116,12 +116,6 @@ struct Product {
   int64_t chunk() const { return chunk_for(tiling.M); }
   int64_t sub_stride() const { return chunk() * k.panel; }
 
-  // Tokens a task works on: fewer when there are few units, so that every thread gets some.
-  int64_t tiles_per_block() const {
-    const int64_t units = ceil_div(columns, kUnit);
-    return std::max<int64_t>(1, (units >= 16 ? 512 : units >= 8 ? 256 : 96) / k.tile_tokens);
-  }
-
   // What one task holds: a unit of columns for a range of tiles, and its sums [tokens][kUnit].
   struct Task {
     int64_t unit, tile_begin, tile_end;
@@ -166,14 +160,19 @@ struct Product {
   // factor(unit, first, count, panels): the same for the low-rank factor, which goes first.
   template <class Decode, class Factor>
   void run(const Decode& decode, const Factor& factor) const {
-    const int64_t units = ceil_div(columns, kUnit), per_block = tiles_per_block();
-    const int64_t blocks = ceil_div(tiling.count, per_block);
+    // Blocks of about 96 tokens share the work out evenly; neighbours of one unit that fall to one
+    // thread are done together, up to about 512 tokens, so that panels are rarely decoded twice.
+    const int64_t units = ceil_div(columns, kUnit), per_block = 96 / k.tile_tokens;
+    const int64_t blocks = ceil_div(tiling.count, per_block), most = std::min<int64_t>(blocks, 5);
     parallel_for(units * blocks, 1, [&](int64_t begin, int64_t end) {
       const Buffer panels = buffer(kUnit * chunk());
-      const Buffer c = buffer(per_block * k.tile_tokens * kUnit);
-      for (int64_t i = begin; i < end; ++i) {
-        const int64_t unit = i / blocks, tile = i % blocks * per_block;
-        const Task task{unit, tile, std::min(tiling.count, tile + per_block), c.get()};
+      const Buffer c = buffer(most * per_block * k.tile_tokens * kUnit);
+      int64_t together = 1;
+      for (int64_t i = begin; i < end; i += together) {
+        const int64_t unit = i / blocks, block = i % blocks;
+        together = std::min({most, blocks - block, end - i});
+        const int64_t tile_end = std::min(tiling.count, (block + together) * per_block);
+        const Task task{unit, block * per_block, tile_end, c.get()};
         for (int64_t j = 0; j < rank; j += chunk()) {
           const int64_t count = std::min(chunk(), rank - j);
           factor(unit, j, count, panels.get());
