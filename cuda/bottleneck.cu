@@ -32,7 +32,8 @@ struct Activated {
 template <class A>
 __device__ __forceinline__ Activated<A> activate(Activation kind, A a) {
   switch (kind) {
-    case Activation::kRelu: return {a > A(0) ? a : A(0), a > A(0) ? A(1) : A(0)};
+    case Activation::kRelu:
+      return {a > A(0) ? a : A(0), a > A(0) ? A(1) : A(0)};
     case Activation::kGelu: {
       const A density = exp(-a * a / A(2)) * A(kInvSqrtTwoPi);
       const A cdf = (A(1) + erf(a * A(kSqrtHalf))) / A(2);
@@ -51,7 +52,8 @@ __device__ __forceinline__ Activated<A> activate(Activation kind, A a) {
       const A t = tanh(a);
       return {t, A(1) - t * t};
     }
-    default: return {a, A(1)};
+    default:
+      return {a, A(1)};
   }
 }
 
@@ -138,7 +140,9 @@ void launch_act(const BottleneckActParams& p, bool is_backward) {
 
 }  // namespace
 
-void bottleneck_act_fwd(const BottleneckActParams& p) { launch_act(p, false); }
+void bottleneck_act_fwd(const BottleneckActParams& p) {
+  launch_act(p, false);
+}
 
 void bottleneck_act_bwd(const BottleneckActParams& p) {
   FASTPEFT_CHECK(p.M * p.D == 0 || (p.dh && p.dz), "bottleneck_act_bwd needs dh and dz");

@@ -1,8 +1,8 @@
 // LLM.int8() around the integer matmul (Dettmers et al. 2022, "LLM.int8()").
 //
 //   quantize_rows  outlier [K] = any over rows |x| >= threshold
-//                  scale [M] = row absmax of what is no outlier; q [M, K] = round(x * 127 / scale), 0 in
-//                  outlier columns
+//                  scale [M] = row absmax of what is no outlier; q [M, K] = round(x * 127 / scale),
+//                  0 in outlier columns
 //   int8_epilogue  y [M, N] = acc * scale_x * scale_w / 127^2 + sum over outlier columns x W + bias
 //                  acc [M, N] int32 from a matmul, or computed here (dp4a) when null
 //
@@ -70,7 +70,8 @@ __global__ void __launch_bounds__(kThreads) quantize_rows_kernel(QuantizeRowsPar
     Vec<int8_t, kCount> q;
 #pragma unroll
     for (int i = 0; i < kCount; ++i)
-      q.v[i] = flag.v[i] ? int8_t(0) : int8_t(__float2int_rn(__fmul_rn(float(to_acc(v.v[i])), inverse)));
+      q.v[i] =
+          flag.v[i] ? int8_t(0) : int8_t(__float2int_rn(__fmul_rn(float(to_acc(v.v[i])), inverse)));
     store_vec<int8_t, kCount>(p.q + row + k, q);
   }
   if (threadIdx.x == 0) p.scale[blockIdx.x] = top;
@@ -94,7 +95,8 @@ __device__ __forceinline__ float int8_value(int8_t q, float absmax) {
 }
 
 // 16 int8 of a row from column k: one 16-byte load, or byte by byte.
-__device__ __forceinline__ uint4 load_codes(const int8_t* row, int64_t k, int64_t K, bool is_aligned) {
+__device__ __forceinline__ uint4 load_codes(const int8_t* row, int64_t k, int64_t K,
+                                            bool is_aligned) {
   uint4 out = make_uint4(0, 0, 0, 0);
   if (is_aligned) return __ldg(reinterpret_cast<const uint4*>(row + k));
   Vec<int8_t, 16> bytes = {};
@@ -105,8 +107,8 @@ __device__ __forceinline__ uint4 load_codes(const int8_t* row, int64_t k, int64_
   return out;
 }
 
-// Lists, in order, the outlier columns of [begin, begin + kChunk) into `columns` (relative to begin);
-// returns their number. `counts` holds one int a warp.
+// Lists, in order, the outlier columns of [begin, begin + kChunk) into `columns` (relative to
+// begin); returns their number. `counts` holds one int a warp.
 __device__ __forceinline__ int list_outliers(const uint8_t* outlier, int64_t begin, int64_t K,
                                              bool is_aligned, uint16_t* columns, int* counts) {
   const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
@@ -173,7 +175,8 @@ __global__ void __launch_bounds__(kThreads) int8_epilogue_kernel(EpilogueArgs<T>
       const int64_t k = begin + columns[c];
       float w[4];
 #pragma unroll
-      for (int j = 0; j < 4; ++j) w[j] = n0 + j < N ? int8_value(a.w.codes[(n0 + j) * K + k], absmax[j]) : 0.0f;
+      for (int j = 0; j < 4; ++j)
+        w[j] = n0 + j < N ? int8_value(a.w.codes[(n0 + j) * K + k], absmax[j]) : 0.0f;
 #pragma unroll
       for (int i = 0; i < 4; ++i) {
         const int64_t m = m0 + 8 * i;
@@ -209,7 +212,8 @@ template <class T>
 __global__ void __launch_bounds__(kThreads) int8_dot_kernel(EpilogueArgs<T> a) {
   const int lane = threadIdx.x % 32;
   const int64_t N = a.w.N, K = a.w.K;
-  const int64_t n = int64_t(blockIdx.x) * kWarps + threadIdx.x / 32, m0 = int64_t(blockIdx.y) * kDotTokens;
+  const int64_t n = int64_t(blockIdx.x) * kWarps + threadIdx.x / 32,
+                m0 = int64_t(blockIdx.y) * kDotTokens;
   if (n >= N) return;
   const int8_t* codes = a.w.codes + n * K;
   const float absmax = a.w.absmax[n];
@@ -244,7 +248,8 @@ __global__ void __launch_bounds__(kThreads) int8_dot_kernel(EpilogueArgs<T> a) {
     const int total = warp_sum(dot[m]);
     const Acc<T> extra = warp_sum(outer[m]);
     if (lane != 0) continue;
-    Acc<T> sum = Acc<T>(total) * (Acc<T>(a.scale[m0 + m]) * Acc<T>(absmax)) * Acc<T>(1.0 / (127.0 * 127.0));
+    Acc<T> sum =
+        Acc<T>(total) * (Acc<T>(a.scale[m0 + m]) * Acc<T>(absmax)) * Acc<T>(1.0 / (127.0 * 127.0));
     sum += extra;
     if (a.bias) sum += to_acc(a.bias[n]);
     a.y[(m0 + m) * N + n] = from_acc<T>(sum);
@@ -285,7 +290,8 @@ void quantize_rows(const QuantizeRowsParams& p) {
 
 void int8_epilogue(const Int8EpilogueParams& p) {
   if (p.M == 0 || p.w.N == 0) return;
-  FASTPEFT_CHECK(p.w.format == Format::kInt8, format_name(p.w.format), ": int8_epilogue wants int8");
+  FASTPEFT_CHECK(p.w.format == Format::kInt8, format_name(p.w.format),
+                 ": int8_epilogue wants int8");
   dispatch(p.dtype, [&](auto tag) {
     using T = typename decltype(tag)::type;
     EpilogueArgs<T> a;
@@ -308,7 +314,7 @@ void int8_epilogue(const Int8EpilogueParams& p) {
     FASTPEFT_CHECK(row_blocks < 65536, "int8_epilogue: ", p.M, " tokens in one launch");
     const dim3 grid(grid_blocks(p.w.N, columns), unsigned(row_blocks));
     const bool is_wide = p.w.N % 4 == 0 && is_aligned(p.acc, 16) && is_aligned(p.y, 16);
-    const auto kernel = !p.acc     ? int8_dot_kernel<T>
+    const auto kernel = !p.acc    ? int8_dot_kernel<T>
                         : is_wide ? int8_epilogue_kernel<T, true>
                                   : int8_epilogue_kernel<T, false>;
     kernel<<<grid, kThreads, 0, cuda_stream(p.stream)>>>(a);

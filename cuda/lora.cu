@@ -53,7 +53,8 @@ __global__ void __launch_bounds__(kThreads) dropout_kernel(DropoutArgs<T> a) {
 #pragma unroll
     for (int i = 0; i < kCount; ++i)
       if (first + i < a.count)
-        a.y[first + i] = drop(a, random[i / 4].v[i % 4], a.x[first + i], a.add ? a.y[first + i] : T(0.0f));
+        a.y[first + i] =
+            drop(a, random[i / 4].v[i % 4], a.x[first + i], a.add ? a.y[first + i] : T(0.0f));
   }
 }
 

@@ -1,5 +1,6 @@
-// Quantised linear layer without a 16-bit copy of W: the launchers, and the kernels for whatever the
-// tensor-core path (qlinear_skinny_*.cu) does not take: float32 and float64, int8, any K, any blocksize.
+// Quantised linear layer without a 16-bit copy of W: the launchers, and the kernels for whatever
+// the tensor-core path (qlinear_skinny_*.cu) does not take: float32 and float64, int8, any K, any
+// blocksize.
 //
 //   qlinear_fwd    y [M, N]  = x W^T + bias + scaling * s B^T
 //   qlinear_dgrad  dx [M, K] = dy W + ds A
@@ -156,9 +157,10 @@ void launch_fwd(const QLinearFwdParams& p, const W& w, const Codebook& book) {
                          static_cast<const T*>(p.lora_b), p.R, p.scaling};
   const dim3 grid = grid_of(ceil_div<int64_t>(p.w.N, 2 * kWarps), p.M, kFwdTokens);
   const auto kernel = p.w.K % 16 == 0 && is_aligned(p.x, 16) ? qlinear_fwd_kernel<T, W, true>
-                                                              : qlinear_fwd_kernel<T, W, false>;
-  kernel<<<grid, kThreads, 0, cuda_stream(p.stream)>>>(
-      w, book, static_cast<const T*>(p.x), static_cast<const T*>(p.bias), lora, static_cast<T*>(p.y), p.M);
+                                                             : qlinear_fwd_kernel<T, W, false>;
+  kernel<<<grid, kThreads, 0, cuda_stream(p.stream)>>>(w, book, static_cast<const T*>(p.x),
+                                                       static_cast<const T*>(p.bias), lora,
+                                                       static_cast<T*>(p.y), p.M);
   check_launch("qlinear_fwd_kernel");
 }
 
@@ -190,7 +192,8 @@ void qlinear_fwd(const QLinearFwdParams& p) {
 
 void qlinear_dgrad(const QLinearDgradParams& p) {
   if (p.M == 0 || p.w.K == 0) return;
-  FASTPEFT_CHECK(p.w.format != Format::kDense, "qlinear_dgrad: a dense weight has nothing to decode");
+  FASTPEFT_CHECK(p.w.format != Format::kDense,
+                 "qlinear_dgrad: a dense weight has nothing to decode");
   if (p.tile_tokens > 0) return qlinear_wgmma_dgrad(p);
   if (skinny_fits(p)) return qlinear_dgrad_skinny(p);
   dispatch(p.dtype, [&](auto tag) {

@@ -1,13 +1,14 @@
-// Few tokens on tensor cores (mma.sync): what qlinear_skinny_fwd.cu and qlinear_skinny_dgrad.cu share.
+// Few tokens on tensor cores (mma.sync): what qlinear_skinny_fwd.cu and qlinear_skinny_dgrad.cu
+// share.
 //
 // Weights are the 16-row operand of mma.m16n8k16, 8 (kTok = 1) or 16 tokens its columns.
-// A block of 16 warps a multiprocessor. Every warp owns a ring of kDepth slots in shared memory, fed
-// by cp.async without any block barrier; a slot holds 512 bytes of codes and their scales.
+// A block of 16 warps a multiprocessor. Every warp owns a ring of kDepth slots in shared memory,
+// fed by cp.async without any block barrier; a slot holds 512 bytes of codes and their scales.
 //
-// Lookup: byte -> pair of 16-bit values in shared memory, a copy a lane, entry e at e * 256 + 4 lane,
-// so that the address is one byte permute and banks never collide. The 128-byte holes between
-// entries hold the warps' partial sums, added at the end in order of warps: no atomics, same bits on
-// every run. bf16 codes are stored times 1.43675: that halves the rounding error of the codebook
+// Lookup: byte -> pair of 16-bit values in shared memory, a copy a lane, entry e at e * 256 + 4
+// lane, so that the address is one byte permute and banks never collide. The 128-byte holes between
+// entries hold the warps' partial sums, added at the end in order of warps: no atomics, same bits
+// on every run. bf16 codes are stored times 1.43675: that halves the rounding error of the codebook
 // (0.143 % -> 0.085 % rms relative), and the scales carry the inverse.
 #pragma once
 #include "check.cuh"
@@ -33,7 +34,9 @@ constexpr int kMapBytes = 1024, kRingAt = kTableBytes + kMapBytes;
 constexpr int kDeep = 8, kShallowNested = 4, kShallow = 2;
 
 // A slot: a strip's worth of codes, and the absmax of up to 64 rows (uint8 or float32).
-constexpr int slot_bytes(bool is_nested) { return kStripBytes + 64 * (is_nested ? 1 : 4); }
+constexpr int slot_bytes(bool is_nested) {
+  return kStripBytes + 64 * (is_nested ? 1 : 4);
+}
 constexpr int shared_bytes(int depth, bool is_nested) {
   return kRingAt + kWarps * depth * slot_bytes(is_nested);
 }
@@ -58,8 +61,8 @@ struct Variant {
 };
 
 // `pick` names the kernel of a variant; `parts`: how many blocks find work.
-void launch(Args& a, DType dtype, Format format, int64_t parts, Stream stream, Kernel (*pick)(Variant),
-            const char* name);
+void launch(Args& a, DType dtype, Format format, int64_t parts, Stream stream,
+            Kernel (*pick)(Variant), const char* name);
 bool weight_fits(const WeightView& w, DType dtype);
 
 // Two threads an entry, 64 bytes each; pieces rotated by lane so that the stores spread over banks.
@@ -76,12 +79,14 @@ __device__ __forceinline__ void fill_pairs(unsigned char* shared, const Codebook
 }
 
 template <int kByte>
-__device__ __forceinline__ uint32_t lookup_pair(const unsigned char* shared, uint32_t word, uint32_t lane4) {
-  return *reinterpret_cast<const uint32_t*>(shared + __byte_perm(word, lane4, 0x7604 | (kByte << 4)));
+__device__ __forceinline__ uint32_t lookup_pair(const unsigned char* shared, uint32_t word,
+                                                uint32_t lane4) {
+  return *reinterpret_cast<const uint32_t*>(shared +
+                                            __byte_perm(word, lane4, 0x7604 | (kByte << 4)));
 }
 
-__device__ __forceinline__ void lookup_fragment(const unsigned char* shared, uint32_t word, uint32_t lane4,
-                                                uint32_t (&a)[4]) {
+__device__ __forceinline__ void lookup_fragment(const unsigned char* shared, uint32_t word,
+                                                uint32_t lane4, uint32_t (&a)[4]) {
   a[0] = lookup_pair<0>(shared, word, lane4);
   a[1] = lookup_pair<1>(shared, word, lane4);
   a[2] = lookup_pair<2>(shared, word, lane4);
@@ -99,7 +104,9 @@ __device__ __forceinline__ float* partial(unsigned char* shared, int f) {
 
 // The same value, of unknown origin: ptxas would rather recompute addresses in every step than keep
 // them in a register, and sees through an empty asm.
-__device__ __forceinline__ uint32_t keep(uint32_t v) { return __shfl_sync(kAllLanes, v, threadIdx.x % 32); }
+__device__ __forceinline__ uint32_t keep(uint32_t v) {
+  return __shfl_sync(kAllLanes, v, threadIdx.x % 32);
+}
 
 __device__ __forceinline__ int share(int part, int parts, int total) {
   return int(int64_t(total) * part / parts);
@@ -122,7 +129,8 @@ struct Scales {
     }
   }
   // absmax / gain of row `row` of a slot.
-  __device__ __forceinline__ float of(const unsigned char* slot, int row, float nested_absmax) const {
+  __device__ __forceinline__ float of(const unsigned char* slot, int row,
+                                      float nested_absmax) const {
     if constexpr (kNested)
       return __fmaf_rn(map[slot[kStripBytes + row]], nested_absmax, offset);
     else
@@ -130,15 +138,19 @@ struct Scales {
   }
 };
 
-// 4 * kLanes scales from element `at` on into the slot's tail; zeros for a lane past the padded rows.
+// 4 * kLanes scales from element `at` on into the slot's tail; zeros for a lane past the padded
+// rows.
 template <bool kNested, int kLanes>
-__device__ __forceinline__ void copy_scales(const Args& a, uint32_t slot, int lane, int64_t at, bool is_valid) {
+__device__ __forceinline__ void copy_scales(const Args& a, uint32_t slot, int lane, int64_t at,
+                                            bool is_valid) {
   if (lane >= kLanes) return;
   at = is_valid ? at + 4 * lane : 0;
   if constexpr (kNested)
-    copy_async4(slot + kStripBytes + lane * 4, static_cast<const uint8_t*>(a.w.scales) + at, is_valid ? 4 : 0);
+    copy_async4(slot + kStripBytes + lane * 4, static_cast<const uint8_t*>(a.w.scales) + at,
+                is_valid ? 4 : 0);
   else
-    copy_async16(slot + kStripBytes + lane * 16, static_cast<const float*>(a.w.scales) + at, is_valid ? 16 : 0);
+    copy_async16(slot + kStripBytes + lane * 16, static_cast<const float*>(a.w.scales) + at,
+                 is_valid ? 16 : 0);
 }
 
 }  // namespace skinny

@@ -1,5 +1,5 @@
-// 4-bit linear layer for few tokens, decode inside, input gradient (sm_80 and newer). Shared parts and
-// the lookup: qlinear_skinny.cuh.
+// 4-bit linear layer for few tokens, decode inside, input gradient (sm_80 and newer). Shared parts
+// and the lookup: qlinear_skinny.cuh.
 //
 //   dx [M, K] = dy W + ds A                dy [M, N], ds [M, R], A [R, K]
 //   W [N, K] tiled 4-bit codes, one absmax a block of >= 32 columns
@@ -8,8 +8,8 @@
 // folded into dy (8 products a lane and 1024 weights), which is so rounded to 16 bits once more; in
 // float16 the fold is normalised by a power of two an item, or small absmax would underflow.
 //
-//     block: 32 columns (half a strip) a time, all of N;  rows:  | warp 0 | warp 1 | ... | warp 15 |
-//     item of a warp: 2 row strips x 32 columns = 4 tiles of 128 bytes
+//     block: 32 columns (half a strip) a time, all of N;  rows:  | warp 0 | warp 1 | ... | warp 15
+//     | item of a warp: 2 row strips x 32 columns = 4 tiles of 128 bytes
 //
 // Bound: as forward; here about 120 instructions per 1024 weights and warp.
 #include "qlinear_skinny.cuh"
@@ -20,8 +20,8 @@ namespace {
 
 using namespace skinny;
 
-constexpr int kUnit = 32;   // columns a block finishes at a time
-constexpr int kItem = 32;   // rows of W an item
+constexpr int kUnit = 32;  // columns a block finishes at a time
+constexpr int kItem = 32;  // rows of W an item
 
 // dy of 8 * kTok tokens, 32 rows of W: lane (g, t) holds rows 8t .. 8t + 7 of token g.
 template <class T, int kTok>
@@ -46,7 +46,8 @@ struct GradFragment {
   }
 };
 
-// Swaps nibbles 1 and 2 of both units: (n0,k0)(n0,k1)(n1,k0)(n1,k1) -> pairs of n for k0 and for k1.
+// Swaps nibbles 1 and 2 of both units: (n0,k0)(n0,k1)(n1,k0)(n1,k1) -> pairs of n for k0 and for
+// k1.
 __device__ __forceinline__ uint32_t transpose_units(uint32_t w) {
   const uint32_t differ = (w ^ (w >> 4)) & 0x00F000F0u;
   return w ^ differ ^ (differ << 4);
@@ -89,8 +90,8 @@ __device__ __forceinline__ void start_sums(const Args& a, int k0, int m0, int t,
 }
 
 // Feeds the ring: the warp's items of a unit, then those of the next unit. Rows of the second strip
-// of an item are stored ^ 4: a matrix takes its 8 rows from both strips, which then lie in different
-// banks.
+// of an item are stored ^ 4: a matrix takes its 8 rows from both strips, which then lie in
+// different banks.
 template <bool kNested, int kDepth>
 struct Feeder {
   uint32_t ring;      // this lane's place in slot 0
@@ -148,7 +149,8 @@ __device__ __forceinline__ float fold_scales(float absmax, const uint4 (&dy)[kTo
 }
 
 template <class T, int kTok, int kDepth, bool kNested>
-__global__ void __launch_bounds__(kThreads, 1) qlinear_dgrad_skinny_kernel(const __grid_constant__ Args a) {
+__global__ void __launch_bounds__(kThreads, 1)
+    qlinear_dgrad_skinny_kernel(const __grid_constant__ Args a) {
   extern __shared__ __align__(1024) unsigned char shared[];
   constexpr int kTokens = 8 * kTok, kSlot = slot_bytes(kNested);
   constexpr bool kNormalise = std::is_same_v<T, fp16>;
@@ -156,7 +158,8 @@ __global__ void __launch_bounds__(kThreads, 1) qlinear_dgrad_skinny_kernel(const
   const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, g = lane / 4, t = lane % 4;
   const uint32_t lane4 = lane * 4;
   const int units = int(w.K / kUnit), items = (w.strips_n + 1) / 2;
-  const int u_begin = share(blockIdx.x, gridDim.x, units), u_end = share(blockIdx.x + 1, gridDim.x, units);
+  const int u_begin = share(blockIdx.x, gridDim.x, units),
+            u_end = share(blockIdx.x + 1, gridDim.x, units);
   const int p_begin = share(warp, kWarps, items), p_end = share(warp + 1, kWarps, items);
   const int m0 = blockIdx.y * kTokens;
   const int column_pair = 2 * pair_order(g);
@@ -176,8 +179,9 @@ __global__ void __launch_bounds__(kThreads, 1) qlinear_dgrad_skinny_kernel(const
   // Row i of a matrix of step st is pair 4 (i/2) + 2 st + i%2 of the item's 16: lane t then needs
   // rows 8t + 4 st .. + 3 of W, that is words 2 st and 2 st + 1 of its piece of dy.
   const int matrix_pair = 4 * (lane % 8 / 2) + 2 * (lane / 16) + lane % 2;
-  const uint32_t read_at = keep(feeder.scale_at + (matrix_pair / 8) * 256 + (lane / 8 % 2) * kTileBytes +
-                                (pair_place(matrix_pair % 8) ^ (matrix_pair / 8 * 4)) * 16);
+  const uint32_t read_at =
+      keep(feeder.scale_at + (matrix_pair / 8) * 256 + (lane / 8 % 2) * kTileBytes +
+           (pair_place(matrix_pair % 8) ^ (matrix_pair / 8 * 4)) * 16);
 
   GradFragment<T, kTok> dy;
   dy.start(a, m0, g, t);
@@ -187,7 +191,8 @@ __global__ void __launch_bounds__(kThreads, 1) qlinear_dgrad_skinny_kernel(const
     dy.load(item * kItem, item * kItem + 8 * t < N);
     if constexpr (kNested) {
       const int n = min(item * kItem + lane, N - 1);
-      nested = __ldg(w.nested + 257 + ((n * a.blocks_a_row + (unit * kUnit >> w.block_shift)) >> 8));
+      nested =
+          __ldg(w.nested + 257 + ((n * a.blocks_a_row + (unit * kUnit >> w.block_shift)) >> 8));
     }
   };
   if (p_begin < p_end) load_ahead(u_begin, p_begin);
@@ -223,7 +228,8 @@ __global__ void __launch_bounds__(kThreads, 1) qlinear_dgrad_skinny_kernel(const
           lookup_fragment(shared, transpose_units(word_of(q, 2 * step + tile)), lane4, f);
 #pragma unroll
           for (int j = 0; j < kTok; ++j)
-            mma_16x8x16<T>(kNormalise ? c[tile][j] : acc[tile][j], f, b[j][2 * step], b[j][2 * step + 1]);
+            mma_16x8x16<T>(kNormalise ? c[tile][j] : acc[tile][j], f, b[j][2 * step],
+                           b[j][2 * step + 1]);
         }
       if constexpr (kNormalise) {
 #pragma unroll
@@ -241,7 +247,8 @@ __global__ void __launch_bounds__(kThreads, 1) qlinear_dgrad_skinny_kernel(const
 #pragma unroll
         for (int e = 0; e < 2; ++e) {
           const int f = (warp * kTokens + 8 * j + 2 * t + e) * kUnit + tile * 16 + column_pair;
-          *reinterpret_cast<float2*>(partial(shared, f)) = make_float2(acc[tile][j][e], acc[tile][j][2 + e]);
+          *reinterpret_cast<float2*>(partial(shared, f)) =
+              make_float2(acc[tile][j][e], acc[tile][j][2 + e]);
         }
     const bool has_next = unit + 1 < u_end;
     if (has_next) start_sums<T, kTok>(a, (unit + 1) * kUnit + column_pair, m0, t, warp, acc);
@@ -252,7 +259,8 @@ __global__ void __launch_bounds__(kThreads, 1) qlinear_dgrad_skinny_kernel(const
 #pragma unroll
       for (int part = 0; part < kWarps; ++part)
         sum += *partial(shared, (part * kTokens + token) * kUnit + threadIdx.x % kUnit);
-      static_cast<T*>(a.out)[(m0 + token) * w.K + unit * kUnit + threadIdx.x % kUnit] = from_acc<T>(sum);
+      static_cast<T*>(a.out)[(m0 + token) * w.K + unit * kUnit + threadIdx.x % kUnit] =
+          from_acc<T>(sum);
     }
     if (has_next) __syncthreads();  // the partial sums are read
   }

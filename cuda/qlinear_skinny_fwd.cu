@@ -4,11 +4,12 @@
 //   y [M, N] = x W^T + bias + scaling * s B^T      x [M, K], s [M, R], B [N, R]
 //   W [N, K] tiled 4-bit codes, one absmax a block of >= 64 columns
 //
-// One lane's 16 stored bytes are the A fragments of a whole strip (16 rows x 64 columns), because the
-// order of the reduction is free: lane (g, t) reads row g of tile t; its word i holds the pairs i and
-// i+4 of columns of tile t, and is taken as the fragment of step i. The matching B fragment of step i
-// is words i of x[token g][16t .. 16t+7] and [16t+8 .. 16t+15]: two plain 16-byte loads a strip, no
-// shared memory. Codes stay unscaled in the mma; absmax * the strip's sum is added in float32.
+// One lane's 16 stored bytes are the A fragments of a whole strip (16 rows x 64 columns), because
+// the order of the reduction is free: lane (g, t) reads row g of tile t; its word i holds the pairs
+// i and i+4 of columns of tile t, and is taken as the fragment of step i. The matching B fragment
+// of step i is words i of x[token g][16t .. 16t+7] and [16t+8 .. 16t+15]: two plain 16-byte loads a
+// strip, no shared memory. Codes stay unscaled in the mma; absmax * the strip's sum is added in
+// float32.
 //
 //     block: rows [16 s0, 16 s1), all of K         k strips:  | warp 0 | warp 1 | ... | warp 15 |
 //     a warp: for its k strips: x fragment once, then up to 4 (16 tokens: 2) row strips
@@ -48,20 +49,23 @@ struct TokenFragment {  // x of 8 * kTok tokens, 64 columns
 // The first strip of a k strip brings the scales of the whole chunk.
 template <bool kNested, int kRows, int kDepth>
 struct Feeder {
-  uint32_t ring;      // this lane's place in slot 0
-  uint32_t scale_at;  // slot 0
+  uint32_t ring;                         // this lane's place in slot 0
+  uint32_t scale_at;                     // slot 0
   const uint8_t *source, *first_source;  // this lane's next 16 bytes; those of row strip `base`
   int64_t row_stride;                    // bytes between row strips
   int left, base, row, rows, ks, slot;
 
-  __device__ __forceinline__ void start_chunk(const Args& a, int chunk, int s_end, int k_begin, int lane) {
+  __device__ __forceinline__ void start_chunk(const Args& a, int chunk, int s_end, int k_begin,
+                                              int lane) {
     base = chunk;
     rows = min(kRows, s_end - chunk);
     ks = k_begin;
-    source = first_source = a.w.codes + (int64_t(base) * a.w.strips_k + k_begin) * kStripBytes + lane * 16;
+    source = first_source =
+        a.w.codes + (int64_t(base) * a.w.strips_k + k_begin) * kStripBytes + lane * 16;
   }
 
-  __device__ __forceinline__ void issue(const Args& a, int s_end, int k_begin, int k_end, int lane) {
+  __device__ __forceinline__ void issue(const Args& a, int s_end, int k_begin, int k_end,
+                                        int lane) {
     if (left > 0) {
       --left;
       copy_async16(ring + slot, source, 16);
@@ -86,8 +90,8 @@ struct Feeder {
 // bias and scaling * s B^T as the first partial sums of kRows row strips from `strip`: warp w adds
 // ranks w, w + 16, ... All loads of a rank are issued before the first is used.
 template <class T, int kTok, int kRows>
-__device__ __forceinline__ void start_sums(const Args& a, int strip, int row_pair, int m0, int t, int warp,
-                                           float (&acc)[kRows][kTok][4]) {
+__device__ __forceinline__ void start_sums(const Args& a, int strip, int row_pair, int m0, int t,
+                                           int warp, float (&acc)[kRows][kTok][4]) {
   const T* bias = static_cast<const T*>(a.bias);
   const T* s = static_cast<const T*>(a.s);
   const T* lora_b = static_cast<const T*>(a.factor);
@@ -134,9 +138,9 @@ __device__ __forceinline__ void start_sums(const Args& a, int strip, int row_pai
 
 // The sums of 16 rows x 8 kTok tokens of one strip.
 template <class T, int kTok>
-__device__ __forceinline__ void add_strip(const unsigned char* shared, const uint4& q, uint32_t lane4,
-                                          const TokenFragment<kTok>& x, float scale0, float scale1,
-                                          float (&acc)[kTok][4]) {
+__device__ __forceinline__ void add_strip(const unsigned char* shared, const uint4& q,
+                                          uint32_t lane4, const TokenFragment<kTok>& x,
+                                          float scale0, float scale1, float (&acc)[kTok][4]) {
   float c[kTok][2][4] = {};  // two chains of mma each
 #pragma unroll
   for (int i = 0; i < 4; ++i) {
@@ -153,7 +157,8 @@ __device__ __forceinline__ void add_strip(const unsigned char* shared, const uin
 }
 
 template <class T, int kTok, int kDepth, bool kNested>
-__global__ void __launch_bounds__(kThreads, 1) qlinear_fwd_skinny_kernel(const __grid_constant__ Args a) {
+__global__ void __launch_bounds__(kThreads, 1)
+    qlinear_fwd_skinny_kernel(const __grid_constant__ Args a) {
   extern __shared__ __align__(1024) unsigned char shared[];
   constexpr int kRows = 4 / kTok, kTokens = 8 * kTok, kSlot = slot_bytes(kNested);
   const PackedWeight& w = a.w;
@@ -165,8 +170,8 @@ __global__ void __launch_bounds__(kThreads, 1) qlinear_fwd_skinny_kernel(const _
   const int m0 = blockIdx.y * kTokens;
   const int row_pair = 2 * pair_order(g);
 
-  // Chunk (tile T, row r) of a strip lies at T * 128 + (r ^ 2T) * 16, so that reading row g of tile t
-  // is free of conflicts.
+  // Chunk (tile T, row r) of a strip lies at T * 128 + (r ^ 2T) * 16, so that reading row g of tile
+  // t is free of conflicts.
   unsigned char* ring = shared + kRingAt + warp * kDepth * kSlot;
   const uint32_t ring_at = shared_address(ring);
   const uint32_t read_at = keep(ring_at + t * kTileBytes + (g ^ (2 * t)) * 16);
@@ -196,7 +201,8 @@ __global__ void __launch_bounds__(kThreads, 1) qlinear_fwd_skinny_kernel(const _
     if constexpr (kNested) {
 #pragma unroll
       for (int e = 0; e < 2; ++e)
-        nested[e] = __ldg(w.nested + 257 + ((first_block[e] + (ks * kTileK >> w.block_shift)) >> 8));
+        nested[e] =
+            __ldg(w.nested + 257 + ((first_block[e] + (ks * kTileK >> w.block_shift)) >> 8));
     }
   };
   find_blocks(s_begin);
@@ -248,12 +254,14 @@ __global__ void __launch_bounds__(kThreads, 1) qlinear_fwd_skinny_kernel(const _
 #pragma unroll
         for (int e = 0; e < 2; ++e) {
           const int f = ((row * kWarps + warp) * kTokens + 8 * j + 2 * t + e) * 16 + row_pair;
-          *reinterpret_cast<float2*>(partial(shared, f)) = make_float2(acc[row][j][e], acc[row][j][2 + e]);
+          *reinterpret_cast<float2*>(partial(shared, f)) =
+              make_float2(acc[row][j][e], acc[row][j][2 + e]);
         }
     if (has_next) start_sums<T, kTok, kRows>(a, base + kRows, row_pair, m0, t, warp, acc);
     __syncthreads();
     // one output a thread
-    const int n16 = threadIdx.x % 16, row = threadIdx.x / 16 % kRows, token = threadIdx.x / (16 * kRows);
+    const int n16 = threadIdx.x % 16, row = threadIdx.x / 16 % kRows,
+              token = threadIdx.x / (16 * kRows);
     const int64_t n = int64_t(base + row) * kTileN + n16, m = m0 + token;
     if (row < rows && n < w.N && m < a.M) {
       float sum = 0.0f;
@@ -286,12 +294,12 @@ namespace skinny {
 
 bool weight_fits(const WeightView& w, DType dtype) {
   return (dtype == DType::kBFloat16 || dtype == DType::kFloat16) && is_4bit(w.format) &&
-         scales_by_column(w.K, w.blocksize) && is_aligned(w.codes, 16) && is_aligned(w.scales, 16) &&
-         block_count(w.N, w.K, w.blocksize) < (int64_t(1) << 31);
+         scales_by_column(w.K, w.blocksize) && is_aligned(w.codes, 16) &&
+         is_aligned(w.scales, 16) && block_count(w.N, w.K, w.blocksize) < (int64_t(1) << 31);
 }
 
-void launch(Args& a, DType dtype, Format format, int64_t parts, Stream stream, Kernel (*pick)(Variant),
-            const char* name) {
+void launch(Args& a, DType dtype, Format format, int64_t parts, Stream stream,
+            Kernel (*pick)(Variant), const char* name) {
   const DeviceFacts facts = device_facts();
   Variant v;
   v.is_bf16 = dtype == DType::kBFloat16;
@@ -303,14 +311,18 @@ void launch(Args& a, DType dtype, Format format, int64_t parts, Stream stream, K
   a.book = codebook(format, gain);
   a.inverse_gain = 1.0f / gain;
   a.blocks_a_row = int(a.w.K >> a.w.block_shift);
-  const int bytes = shared_bytes(v.is_deep ? kDeep : v.is_nested ? kShallowNested : kShallow, v.is_nested);
+  const int bytes = shared_bytes(v.is_deep     ? kDeep
+                                 : v.is_nested ? kShallowNested
+                                               : kShallow,
+                                 v.is_nested);
   FASTPEFT_CHECK(facts.shared_bytes >= bytes, name, ": ", bytes,
                  " bytes of shared memory a block are needed, the device has ", facts.shared_bytes);
   const Kernel kernel = pick(v);
   allow_shared_memory(reinterpret_cast<const void*>(kernel), bytes);
   const int64_t token_chunks = ceil_div<int64_t>(a.M, v.is_wide ? 16 : 8);
   FASTPEFT_CHECK(token_chunks < 65536, name, ": ", a.M, " tokens in one launch");
-  const dim3 grid(unsigned(parts < facts.sm_count ? parts : facts.sm_count), unsigned(token_chunks));
+  const dim3 grid(unsigned(parts < facts.sm_count ? parts : facts.sm_count),
+                  unsigned(token_chunks));
   kernel<<<grid, kThreads, bytes, cuda_stream(stream)>>>(a);
   check_launch(name);
 }

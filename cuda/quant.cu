@@ -89,33 +89,29 @@ __device__ __forceinline__ float code_of(float t, const Cell* lane_cells, const 
   }
 }
 
-// Elements [first, first + 8) of w, zero past the end.
+// Elements [first, first + 8) of w, zero from `end` on.
 template <class T, bool kAligned>
-__device__ __forceinline__ void load_elements(const T* w, int64_t first, int64_t count,
-                                              float (&v)[kElements]) {
-  if (kAligned && first + kElements <= count) {
-    const Vec<T, kElements> piece = load_vec<T, kElements>(w + first);
+__device__ __forceinline__ Vec<T, kElements> load_elements(const T* w, int64_t first, int64_t end) {
+  if (kAligned && first + kElements <= end) return load_vec<T, kElements>(w + first);
+  Vec<T, kElements> out;
 #pragma unroll
-    for (int i = 0; i < kElements; ++i) v[i] = float(to_acc(piece.v[i]));
-  } else {
-#pragma unroll
-    for (int i = 0; i < kElements; ++i)
-      v[i] = first + i < count ? float(to_acc(w[first + i])) : 0.0f;
-  }
+  for (int i = 0; i < kElements; ++i) out.v[i] = first + i < end ? w[first + i] : T(0.0f);
+  return out;
 }
 
 // 8 elements of a block -> 4 bytes of codes.
-template <bool kNf4>
+template <class T, bool kNf4>
 __device__ __forceinline__ void store_codes(const Quantize4bitArgs& a, const Cell* lane_cells,
-                                            const float (&v)[kElements], int64_t first, int64_t end,
+                                            const Vec<T, kElements>& w, int64_t first, int64_t end,
                                             float bounded, bool is_ragged) {
   constexpr float kZero = float(zero_code(kNf4 ? Format::kNf4 : Format::kFp4));
   const float inverse = __fdiv_rn(1.0f, bounded);
   uint32_t bytes = 0;
 #pragma unroll
   for (int i = 0; i < kElements; i += 2) {
-    const float t0 = is_ragged ? __fdiv_rn(v[i], bounded) : __fmul_rn(v[i], inverse);
-    const float t1 = is_ragged ? __fdiv_rn(v[i + 1], bounded) : __fmul_rn(v[i + 1], inverse);
+    const float w0 = float(to_acc(w.v[i])), w1 = float(to_acc(w.v[i + 1]));
+    const float t0 = is_ragged ? __fdiv_rn(w0, bounded) : __fmul_rn(w0, inverse);
+    const float t1 = is_ragged ? __fdiv_rn(w1, bounded) : __fmul_rn(w1, inverse);
     const float c0 = code_of<kNf4>(t0, lane_cells, a.thresholds);
     const float c1 = first + i + 1 < a.count ? code_of<kNf4>(t1, lane_cells, a.thresholds) : kZero;
     bytes |= (__float_as_uint(c0 * 16.0f + (c1 + 8388608.0f)) & 255u) << (4 * i);  // even one high
@@ -128,26 +124,35 @@ __device__ __forceinline__ void store_codes(const Quantize4bitArgs& a, const Cel
 }
 
 template <class T, bool kNf4, bool kAligned>
-__global__ void __launch_bounds__(kThreads, kBlocksPerSm)
+__global__ void __launch_bounds__(kThreads, sizeof(T) == 8 ? 2 : kBlocksPerSm)
     quantize_4bit_kernel(const T* __restrict__ w, const __grid_constant__ Quantize4bitArgs a) {
   __shared__ Cell cells[kNf4 ? kCells * kCellCopies : 1];
   if constexpr (kNf4) {
-    for (int i = threadIdx.x; i < kCells * kCellCopies; i += kThreads) cells[i] = a.cells[i / kCellCopies];
+    for (int i = threadIdx.x; i < kCells * kCellCopies; i += kThreads)
+      cells[i] = a.cells[i / kCellCopies];
     __syncthreads();
   }
   const Cell* lane_cells = cells + (kNf4 ? threadIdx.x % kCellCopies : 0);
   const int blocksize = 1 << a.block_shift;
   const int group = min(32, blocksize / kElements);  // lanes a block
   const int passes = blocksize / (kElements * group), groups = kThreads / group;
+  const int64_t lane_first = (threadIdx.x % group) * kElements;
+  const auto block_of = [&](int64_t chunk) { return chunk * groups + threadIdx.x / group; };
+  const auto load = [&](int64_t block, int pass) {
+    const int64_t begin = block << a.block_shift;
+    return load_elements<T, kAligned>(w, begin + lane_first + int64_t(pass) * group * kElements,
+                                      min(begin + blocksize, a.count));
+  };
+  Vec<T, kElements> next = load(block_of(blockIdx.x), 0);
   for (int64_t chunk = blockIdx.x; chunk * groups < a.blocks; chunk += gridDim.x) {
-    const int64_t block = chunk * groups + threadIdx.x / group;
-    const int64_t begin = block << a.block_shift, end = min(begin + blocksize, a.count);
-    const int64_t lane_begin = begin + (threadIdx.x % group) * kElements;
-    float v[kElements], absmax = 0.0f;
+    const int64_t block = block_of(chunk), begin = block << a.block_shift;
+    Vec<T, kElements> v = next;
+    if ((chunk + gridDim.x) * groups < a.blocks) next = load(block_of(chunk + gridDim.x), 0);
+    float absmax = 0.0f;
     for (int pass = 0; pass < passes; ++pass) {
-      load_elements<T, kAligned>(w, lane_begin + int64_t(pass) * group * kElements, end, v);
+      if (pass > 0) v = load(block, pass);
 #pragma unroll
-      for (int i = 0; i < kElements; ++i) absmax = fmaxf(absmax, fabsf(v[i]));
+      for (int i = 0; i < kElements; ++i) absmax = fmaxf(absmax, fabsf(float(to_acc(v.v[i]))));
     }
     for (int offset = group / 2; offset > 0; offset /= 2)
       absmax = fmaxf(absmax, __shfl_xor_sync(kAllLanes, absmax, offset));
@@ -155,12 +160,13 @@ __global__ void __launch_bounds__(kThreads, kBlocksPerSm)
 
     const float bounded = fmaxf(absmax, kTinyAbsmax);
     const bool is_ragged = begin + blocksize > a.count;
+    const int64_t end = min(begin + blocksize, a.count);
     if (threadIdx.x % group == 0) a.absmax[block] = is_ragged ? bounded : absmax;
     for (int pass = 0; pass < passes; ++pass) {
-      const int64_t first = lane_begin + int64_t(pass) * group * kElements;
+      const int64_t first = begin + lane_first + int64_t(pass) * group * kElements;
       if (first >= end) break;
-      if (passes > 1) load_elements<T, kAligned>(w, first, end, v);
-      store_codes<kNf4>(a, lane_cells, v, first, end, bounded, is_ragged);
+      if (passes > 1) v = load(block, pass);
+      store_codes<T, kNf4>(a, lane_cells, v, first, end, bounded, is_ragged);
     }
   }
 }
@@ -201,7 +207,10 @@ __global__ void __launch_bounds__(kNestedBlock) quantize_absmax_kernel(QuantizeA
     int high = 255;  // number of midpoints below grid, by bisection
     while (code < high) {
       const int mid = (code + high) / 2;
-      if (middles[mid] < grid) code = mid + 1; else high = mid;
+      if (middles[mid] < grid)
+        code = mid + 1;
+      else
+        high = mid;
     }
   }
   p.codes[i] = uint8_t(code);
@@ -215,7 +224,7 @@ __device__ __forceinline__ uint32_t swap_nibbles(uint32_t w) {
 // n1 (high byte). A canonical byte is a stored one with its nibbles swapped.
 // a, b: the 8 canonical bytes of the two rows, pairs 0..3 in x, 4..7 in y.
 __device__ __forceinline__ uint4 interleave(uint2 a, uint2 b) {
-  const auto word = [&](int i) {  // units of pairs i and i + 4
+  const auto word = [&](int i) {                                       // units of pairs i and i + 4
     const uint32_t low = __byte_perm(a.x, b.x, 0x0040 + 0x0011 * i);   // a.x[i], b.x[i]
     const uint32_t high = __byte_perm(a.y, b.y, 0x0040 + 0x0011 * i);  // a.y[i], b.y[i]
     return swap_nibbles(__byte_perm(low, high, 0x5410));
@@ -224,7 +233,8 @@ __device__ __forceinline__ uint4 interleave(uint2 a, uint2 b) {
 }
 
 __device__ __forceinline__ uint2 deinterleave(uint4 q, int row) {
-  const uint32_t words[4] = {swap_nibbles(q.x), swap_nibbles(q.y), swap_nibbles(q.z), swap_nibbles(q.w)};
+  const uint32_t words[4] = {swap_nibbles(q.x), swap_nibbles(q.y), swap_nibbles(q.z),
+                             swap_nibbles(q.w)};
   uint2 out = make_uint2(0, 0);
 #pragma unroll
   for (int i = 0; i < 4; ++i) {
@@ -236,7 +246,8 @@ __device__ __forceinline__ uint2 deinterleave(uint4 q, int row) {
 
 // K % 16 == 0: a thread per stored 16 bytes.
 template <bool kToTiled>
-__global__ void __launch_bounds__(kThreads) tile_rows_kernel(TileParams p, int strips_k, int64_t rows) {
+__global__ void __launch_bounds__(kThreads)
+    tile_rows_kernel(TileParams p, int strips_k, int64_t rows) {
   const int64_t i = int64_t(blockIdx.x) * kThreads + threadIdx.x;
   if (i >= rows) return;
   const int64_t strip = i / 32;
@@ -249,7 +260,8 @@ __global__ void __launch_bounds__(kThreads) tile_rows_kernel(TileParams p, int s
     uint2 row[2];
 #pragma unroll
     for (int r = 0; r < 2; ++r)
-      row[r] = is_inside[r] ? *reinterpret_cast<const uint2*>(p.from + at[r]) : make_uint2(zero, zero);
+      row[r] =
+          is_inside[r] ? *reinterpret_cast<const uint2*>(p.from + at[r]) : make_uint2(zero, zero);
     reinterpret_cast<uint4*>(p.to)[i] = interleave(row[0], row[1]);
   } else {
     const uint4 q = reinterpret_cast<const uint4*>(p.from)[i];
@@ -260,7 +272,8 @@ __global__ void __launch_bounds__(kThreads) tile_rows_kernel(TileParams p, int s
 }
 
 // Any K: a thread per output byte, so that no byte has two writers.
-__global__ void __launch_bounds__(kThreads) tile_bytes_kernel(TileParams p, int strips_k, int64_t bytes) {
+__global__ void __launch_bounds__(kThreads)
+    tile_bytes_kernel(TileParams p, int strips_k, int64_t bytes) {
   const int64_t i = int64_t(blockIdx.x) * kThreads + threadIdx.x;
   if (i >= bytes) return;
   const int64_t strip = i / kStripBytes;

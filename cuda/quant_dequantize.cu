@@ -1,28 +1,27 @@
 // Dequantise rows of a weight in one launch, second-level scales included.
 //
-//   out[n - row_begin, k] = cast(float32(codebook[code[n, k]] * absmax(n, k)))     row-major [rows, K]
-//   absmax(b) = map[q[b]] * nested_absmax[b / 256] + offset
+//   out[n - row_begin, k] = cast(float32(codebook[code[n, k]] * absmax(n, k)))     row-major [rows,
+//   K] absmax(b) = map[q[b]] * nested_absmax[b / 256] + offset
 //
 // dequantize_tiled_kernel (K % 64 == 0, 16- and 32-bit outputs). A warp takes kStrips neighbouring
-// strips (16 rows x 64 columns, 512 bytes each) a time; a lane loads 16 bytes of each, one coalesced
-// 512-byte load a strip:
+// strips (16 rows x 64 columns, 512 bytes each) a time; a lane loads 16 bytes of each, one
+// coalesced 512-byte load a strip:
 //
 //        strip (16 x 64):   tile 0    tile 1    tile 2    tile 3        lane = 8 * tile + r
 //        rows 2p, 2p+1      lane r    lane r+8  lane r+16 lane r+24     p = kPairOrder[r]
 //
 // A lane so holds 16 columns of two rows: 32 output bytes a row. Stored as they are, each 16-byte
 // store instruction would fill half sectors. So lanes r and r^1 first trade halves of their PACKED
-// words (2 shuffles for 32 weights): the even one then holds columns 0..7, the odd one 8..15, of both
-// row pairs, and every store instruction of the warp writes four whole 128-byte lines.
-// Scales: lane (r, i) decodes the two rows of strip i, the others get them by shuffle, so every
-// scale of the warp is decoded once.
-// Codes become values through a codebook in shared memory with one copy a lane (no bank conflicts):
-// 1 LDS + 2 integer operations + 1 FMUL + half a conversion a weight.
-// kStrips is 2; 4 where that still runs as one wave of blocks. Outputs too big to stay in L2 are stored
-// evict-first.
+// words (2 shuffles for 32 weights): the even one then holds columns 0..7, the odd one 8..15, of
+// both row pairs, and every store instruction of the warp writes four whole 128-byte lines. Scales:
+// lane (r, i) decodes the two rows of strip i, the others get them by shuffle, so every scale of
+// the warp is decoded once. Codes become values through a codebook in shared memory with one copy a
+// lane (no bank conflicts): 1 LDS + 2 integer operations + 1 FMUL + half a conversion a weight.
+// kStrips is 2; 4 where that still runs as one wave of blocks. Outputs too big to stay in L2 are
+// stored evict-first.
 //
-// Bound: memory. 14336 x 4096 to bf16: 30.3 MB read + 117.4 MB written. H200: 41.2 us, where a kernel
-// that only expands 1 byte to 4 takes 40.2 us; rejected neighbours: README.md.
+// Bound: memory. 14336 x 4096 to bf16: 30.3 MB read + 117.4 MB written. H200: 41.2 us, where a
+// kernel that only expands 1 byte to 4 takes 40.2 us; rejected neighbours: README.md.
 //
 // dequantize_any_kernel: any K, any blocksize, float64, int8: a thread an element.
 #include <algorithm>
@@ -37,7 +36,9 @@ namespace fastpeft::cuda {
 namespace {
 
 constexpr int kThreads = 256;
-constexpr int resident_blocks(int strips) { return strips == 4 ? 5 : 6; }  // what registers allow
+constexpr int resident_blocks(int strips) {
+  return strips == 4 ? 5 : 6;
+}                                             // what registers allow
 constexpr int64_t kResidentBytes = 24 << 20;  // outputs up to here are left to stay in L2
 
 struct DequantizeArgs {
@@ -52,8 +53,8 @@ struct DequantizeArgs {
 
 // 8 weights of one row: bytes 0 and 2 (row 2p) or 1 and 3 (row 2p+1) of a and b.
 template <int kRow>
-__device__ __forceinline__ void lookup8(const float* lane_table, uint32_t a, uint32_t b, float absmax,
-                                        float (&v)[8]) {
+__device__ __forceinline__ void lookup8(const float* lane_table, uint32_t a, uint32_t b,
+                                        float absmax, float (&v)[8]) {
   v[0] = lookup<8 * kRow>(lane_table, a);
   v[1] = lookup<8 * kRow + 4>(lane_table, a);
   v[2] = lookup<8 * kRow + 16>(lane_table, a);
@@ -101,7 +102,8 @@ __global__ void __launch_bounds__(kThreads, resident_blocks(kStrips))
       if (ks + i < w.strips_k) codes[i] = load_stream(from + i * kStripBytes);
 #pragma unroll
     for (int h = 0; h < kHalf; ++h)
-      raw[h].load(w, ns * kTileN + 2 * pair_order(r), int64_t(ks + tile % kStrips) * kTileK + 32 * h);
+      raw[h].load(w, ns * kTileN + 2 * pair_order(r),
+                  int64_t(ks + tile % kStrips) * kTileK + 32 * h);
   }
   fill_codebook(table, a.book);
   float offset = 0.0f;
@@ -133,7 +135,8 @@ __global__ void __launch_bounds__(kThreads, resident_blocks(kStrips))
                                __shfl_xor_sync(kAllLanes, __byte_perm(q.z, q.w, send), 1)};
 #pragma unroll
     for (int p = 0; p < 2; ++p) {  // the row pairs of lanes r & ~1 and r | 1
-      const uint32_t low = p == is_odd ? mine[0] : other[0], high = p == is_odd ? mine[1] : other[1];
+      const uint32_t low = p == is_odd ? mine[0] : other[0],
+                     high = p == is_odd ? mine[1] : other[1];
       float scale[2];
 #pragma unroll
       for (int row = 0; row < 2; ++row) {
@@ -159,7 +162,8 @@ __global__ void __launch_bounds__(kThreads, resident_blocks(kStrips))
 }
 
 template <class T>
-__global__ void __launch_bounds__(kThreads) dequantize_any_kernel(DequantizeArgs a, T* __restrict__ out) {
+__global__ void __launch_bounds__(kThreads)
+    dequantize_any_kernel(DequantizeArgs a, T* __restrict__ out) {
   __shared__ float table[16 * 32];
   fill_codebook(table, a.book);
   __syncthreads();
@@ -211,7 +215,8 @@ void launch_tiled(DequantizeArgs& a, const DequantizeParams& p) {
   T* out = static_cast<T*>(p.out);
   const cudaStream_t stream = cuda_stream(p.stream);
   const int64_t strips_n = ceil_div<int64_t>(p.row_end, kTileN) - a.strip_begin;
-  const int64_t warps = strips_n * ceil_div(a.w.strips_k, 4), in_a_wave = device_facts().sm_count * 5 * (kThreads / 32);
+  const int64_t warps = strips_n * ceil_div(a.w.strips_k, 4),
+                in_a_wave = device_facts().sm_count * 5 * (kThreads / 32);
   a.is_streamed = (p.row_end - p.row_begin) * p.w.K * int64_t(sizeof(T)) > kResidentBytes;
   if (p.w.blocksize < kTileK)
     launch_tiled<T, kNested, 2, 2>(a, strips_n, out, stream);
@@ -235,8 +240,8 @@ void dequantize_4bit(const DequantizeParams& p) {
     }
   }
   const int64_t count = (p.row_end - p.row_begin) * p.w.K;
-  dequantize_any_kernel<T>
-      <<<grid_blocks(count, kThreads), kThreads, 0, cuda_stream(p.stream)>>>(a, static_cast<T*>(p.out));
+  dequantize_any_kernel<T><<<grid_blocks(count, kThreads), kThreads, 0, cuda_stream(p.stream)>>>(
+      a, static_cast<T*>(p.out));
   check_launch("dequantize_any_kernel");
 }
 

@@ -1,6 +1,7 @@
 #include "plan.h"
 
 #include <algorithm>
+#include <cmath>
 #include <sstream>
 
 namespace fastpeft {
@@ -13,9 +14,37 @@ bool cpu_simd_serves(const Problem& p) {
          p.dtype != DType::kFloat64;
 }
 
-// Tokens up to which one fused pass over the packed bytes wins over dequantise + matmul.
+// What cuda/qlinear_skinny_*.cu serve (aligned pointers aside).
+bool skinny_serves(const Problem& p) {
+  const bool is_16bit = p.dtype == DType::kBFloat16 || p.dtype == DType::kFloat16;
+  if (p.arch == 0 || !is_16bit || !is_4bit(p.format) || !scales_by_column(p.K, p.blocksize))
+    return false;
+  return p.direction == Direction::kFwd ? p.blocksize >= kTileK : p.N % 8 == 0;
+}
+
+// Microseconds of the skinny kernels above 16 tokens, measured on an H200 (cold L2, NF4, bf16): 2.5
+// to start and end, then a pass for every 16 tokens over the strips (16 x 64 weights) that fall to
+// one multiprocessor. us at M = 16 / 32 / 64, forward and dgrad:
+//   4096x4096   9.9 / 17.6 / 32.5, 10.8 / 19.4 / 36.4     14336x4096  27 / 51 / 98, 25 / 49 / 94
+//   1024x4096   7.3 / 7.6 / 13.6,  5.5 / 9.7 / 18.2       28672x8192  78 / 152 / 301, 93 / 184 /
+//   363
+// The formula is within 20 % of these.
+double skinny_us(const Problem& p) {
+  const bool is_fwd = p.direction == Direction::kFwd;
+  const int64_t sms = std::max(p.sm_count, 1), passes = ceil_div<int64_t>(p.M, 16);
+  const int64_t parts = is_fwd ? ceil_div<int64_t>(p.N, 16) : ceil_div<int64_t>(p.K, 32);
+  const int64_t depth = is_fwd ? ceil_div<int64_t>(p.K, 64) : ceil_div<int64_t>(p.N, 32);
+  const double waves = double(ceil_div(std::min(parts, sms) * passes, sms));
+  const double strips = double(ceil_div(parts, sms) * depth);
+  return 2.5 + waves * (1.5 + (is_fwd ? 0.046 : 0.050) * strips);
+}
+
+// Tokens up to which one fused pass over the packed bytes wins over anything else. CUDA: the skinny
+// kernels win at every size up to 16 (14336x4096, H200: 16 us at M = 1, 27 at 16; dequantise alone
+// 41). The general ones (float32, float64, int8, ragged K; 14336x4096, M = 1 / 4: float32 65 / 111,
+// int8 36 / 56, and 100 at 8) stand against about 135 and 80 of dequantise + matmul.
 int64_t fused_tokens(const Problem& p) {
-  if (p.arch != 0) return 8;
+  if (p.arch != 0) return skinny_serves(p) ? 16 : 4;
   if (!cpu_simd_serves(p)) return 4;
   return p.cpu_has_matrix_units && p.dtype != DType::kFloat32 ? 32 : INT64_MAX;
 }
@@ -58,6 +87,10 @@ double dequant_matmul_us(const Problem& p) {
   return 3.5 + weights * 2.516 / 3.3e6 + 5.0 + matmul;
 }
 
+double wgmma_best_us(const Problem& p) {
+  return wgmma_serves(p) ? std::min(wgmma_us(p, 128), wgmma_us(p, 256)) : HUGE_VAL;
+}
+
 }  // namespace
 
 Plan make_plan(const Problem& p) {
@@ -66,7 +99,9 @@ Plan make_plan(const Problem& p) {
     plan.kernel = KernelId::kDense;
     return plan;
   }
-  if (p.M <= fused_tokens(p)) {
+  const bool is_skinny = skinny_serves(p) && p.M <= 256 &&
+                         skinny_us(p) < std::min(dequant_matmul_us(p), wgmma_best_us(p));
+  if (p.M <= fused_tokens(p) || is_skinny) {
     plan.kernel = KernelId::kFused;
     plan.fuses_lora = p.dtype != DType::kFloat64;  // it scales in float32
     return plan;

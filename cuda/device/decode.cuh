@@ -19,7 +19,8 @@ inline Codebook codebook(Format f, float gain = 1.0f) {
   return book;
 }
 
-// A 4-bit weight as kernels see it. blocksize is a power of two, so that blocks are found by shifts.
+// A 4-bit weight as kernels see it. blocksize is a power of two, so that blocks are found by
+// shifts.
 struct PackedWeight {
   const uint8_t* codes;  // [Np/16][strips_k][512]
   const void* scales;    // float32, or uint8 when nested is set
@@ -119,9 +120,13 @@ struct RawScales {
 };
 
 // Stored row (column) -> pair of n (k) of a tile: kPairOrder without a table.
-__device__ __forceinline__ int pair_order(int place) { return (place >> 1) + 4 * (place & 1); }
+__device__ __forceinline__ int pair_order(int place) {
+  return (place >> 1) + 4 * (place & 1);
+}
 // Pair -> stored row (column): kPairPlace.
-__device__ __forceinline__ int pair_place(int pair) { return pair < 4 ? 2 * pair : 2 * pair - 7; }
+__device__ __forceinline__ int pair_place(int pair) {
+  return pair < 4 ? 2 * pair : 2 * pair - 7;
+}
 
 // Codebook in shared memory, a copy a lane: entry e of lane l at e * 32 + l, so that 32 lanes with
 // 32 different codes never meet in a bank.
@@ -176,8 +181,7 @@ __device__ __forceinline__ RowPair load_row_pair(const PackedWeight& w, const fl
 #pragma unroll
     for (int i = 0; i < 16; ++i) {
       float scale = absmax[r];
-      if (!one_block)
-        scale = n0 + r < w.N && k0 + i < w.K ? block_absmax(w, n0 + r, k0 + i) : 0.0f;
+      if (!one_block) scale = n0 + r < w.N && k0 + i < w.K ? block_absmax(w, n0 + r, k0 + i) : 0.0f;
       out.w[r][i] = __fmul_rn(out.w[r][i], scale);
     }
   return out;

@@ -23,10 +23,18 @@ struct AccOf<double> {
 template <class T>
 using Acc = typename AccOf<T>::type;
 
-__device__ __forceinline__ float to_acc(float v) { return v; }
-__device__ __forceinline__ double to_acc(double v) { return v; }
-__device__ __forceinline__ float to_acc(bf16 v) { return __bfloat162float(v); }
-__device__ __forceinline__ float to_acc(fp16 v) { return __half2float(v); }
+__device__ __forceinline__ float to_acc(float v) {
+  return v;
+}
+__device__ __forceinline__ double to_acc(double v) {
+  return v;
+}
+__device__ __forceinline__ float to_acc(bf16 v) {
+  return __bfloat162float(v);
+}
+__device__ __forceinline__ float to_acc(fp16 v) {
+  return __half2float(v);
+}
 
 // Round to nearest even.
 template <class T, class A>
@@ -90,10 +98,14 @@ struct Tag {
 template <class F>
 void dispatch(DType dtype, F&& f) {
   switch (dtype) {
-    case DType::kFloat32: return f(Tag<float>{});
-    case DType::kFloat64: return f(Tag<double>{});
-    case DType::kBFloat16: return f(Tag<bf16>{});
-    case DType::kFloat16: return f(Tag<fp16>{});
+    case DType::kFloat32:
+      return f(Tag<float>{});
+    case DType::kFloat64:
+      return f(Tag<double>{});
+    case DType::kBFloat16:
+      return f(Tag<bf16>{});
+    case DType::kFloat16:
+      return f(Tag<fp16>{});
   }
   FASTPEFT_CHECK(false, "unknown dtype ", int(dtype));
 }

@@ -1,7 +1,7 @@
-// Times of the CUDA kernels without torch: CUDA-graph replays over rotated copies of the weights (and
-// outputs), so that L2 never holds what a launch reads; median, p20 and p80 of the replays, in us a
-// launch. `bench_kernels [filter]` prints one line a case whose name contains the filter. Values are
-// test_kernels' business: run it first.
+// Times of the CUDA kernels without torch: CUDA-graph replays over rotated copies of the weights
+// (and outputs), so that L2 never holds what a launch reads; median, p20 and p80 of the replays, in
+// us a launch. `bench_kernels [filter]` prints one line a case whose name contains the filter.
+// Values are test_kernels' business: run it first.
 #include <algorithm>
 #include <functional>
 #include <memory>
@@ -19,7 +19,8 @@ constexpr int kReplays = 9;
 struct Shape {
   int64_t N, K;
 };
-const Shape kShapes[] = {{4096, 4096}, {1024, 4096}, {14336, 4096}, {4096, 14336}, {28672, 8192}, {576, 1536}};
+const Shape kShapes[] = {{4096, 4096},  {1024, 4096},  {14336, 4096},
+                         {4096, 14336}, {28672, 8192}, {576, 1536}};
 
 struct Device {
   void* p = nullptr;
@@ -40,15 +41,21 @@ __global__ void fill_values_kernel(__nv_bfloat16* p, int64_t count) {
     p[i] = __float2bfloat16_rn(float(int(uint32_t(i) * 2654435761u >> 16) - 32768) / 32768.0f);
 }
 
-void fill(void* p, size_t bytes) { fill_kernel<<<1024, 256>>>(static_cast<uint32_t*>(p), bytes / 4, 7); }
-void fill_values(void* p, int64_t count) { fill_values_kernel<<<1024, 256>>>(static_cast<__nv_bfloat16*>(p), count); }
+void fill(void* p, size_t bytes) {
+  fill_kernel<<<1024, 256>>>(static_cast<uint32_t*>(p), bytes / 4, 7);
+}
+void fill_values(void* p, int64_t count) {
+  fill_values_kernel<<<1024, 256>>>(static_cast<__nv_bfloat16*>(p), count);
+}
 
 // One NF4 weight, blocksize 64, double-quantised, with random codes.
 struct Weight {
   Device codes, scales, nested;
   WeightView view;
   Weight(int64_t N, int64_t K)
-      : codes(tiled_bytes(N, K)), scales(scale_count(N, K, 64)), nested(4 * (257 + ceil_div<int64_t>(N * K / 64, 256))) {
+      : codes(tiled_bytes(N, K)),
+        scales(scale_count(N, K, 64)),
+        nested(4 * (257 + ceil_div<int64_t>(N * K / 64, 256))) {
     fill(codes.p, tiled_bytes(N, K));
     fill(scales.p, scale_count(N, K, 64));
     std::vector<float> host(257 + ceil_div<int64_t>(N * K / 64, 256), 0.02f);
@@ -66,7 +73,8 @@ struct Weight {
 const char* filter = "";
 
 // launch(i, stream) uses copy i % copies. `bytes`: what one launch must move.
-void time_case(const std::string& name, int copies, double bytes, const std::function<void(int, cudaStream_t)>& launch) {
+void time_case(const std::string& name, int copies, double bytes,
+               const std::function<void(int, cudaStream_t)>& launch) {
   if (name.find(filter) == std::string::npos) return;
   cudaStream_t stream;
   NATIVE_CUDA(cudaStreamCreateWithFlags(&stream, cudaStreamNonBlocking));
@@ -93,8 +101,8 @@ void time_case(const std::string& name, int copies, double bytes, const std::fun
   }
   std::sort(times.begin(), times.end());
   const float us = times[kReplays / 2];
-  std::printf("%-44s %8.2f us  (p20 %.2f p80 %.2f)  %7.0f GB/s\n", name.c_str(), us, times[kReplays / 5],
-              times[kReplays - 1 - kReplays / 5], bytes / us * 1e-3);
+  std::printf("%-44s %8.2f us  (p20 %.2f p80 %.2f)  %7.0f GB/s\n", name.c_str(), us,
+              times[kReplays / 5], times[kReplays - 1 - kReplays / 5], bytes / us * 1e-3);
   std::fflush(stdout);
   cudaEventDestroy(start);
   cudaEventDestroy(stop);
@@ -104,10 +112,13 @@ void time_case(const std::string& name, int copies, double bytes, const std::fun
 }
 
 std::string label(const char* what, const Shape& s, int64_t M = 0, const char* tail = "") {
-  return std::string(what) + " " + std::to_string(s.N) + "x" + std::to_string(s.K) + (M ? " M=" + std::to_string(M) : "") + tail;
+  return std::string(what) + " " + std::to_string(s.N) + "x" + std::to_string(s.K) +
+         (M ? " M=" + std::to_string(M) : "") + tail;
 }
 
-double weight_bytes(const Shape& s) { return double(s.N * s.K) * (0.5 + 1.0 / 64 + 4.0 / (64 * 256)); }
+double weight_bytes(const Shape& s) {
+  return double(s.N * s.K) * (0.5 + 1.0 / 64 + 4.0 / (64 * 256));
+}
 
 void bench_copy() {
   const size_t bytes = 512ll << 20;
@@ -118,13 +129,15 @@ void bench_copy() {
   });
   const size_t small = 74ll << 20;  // as many bytes as dequantising 14336x4096 moves
   time_case("copy 74 MiB (cudaMemcpyAsync)", 6, 2.0 * small, [&](int i, cudaStream_t stream) {
-    NATIVE_CUDA(cudaMemcpyAsync(static_cast<char*>(to.p) + i * small, static_cast<char*>(from.p) + i * small, small,
+    NATIVE_CUDA(cudaMemcpyAsync(static_cast<char*>(to.p) + i * small,
+                                static_cast<char*>(from.p) + i * small, small,
                                 cudaMemcpyDeviceToDevice, stream));
   });
 }
 
 void bench_shape(const Shape& s) {
-  const int copies = int(std::max<int64_t>(1, ceil_div<int64_t>(kRotateBytes, tiled_bytes(s.N, s.K))));
+  const int copies =
+      int(std::max<int64_t>(1, ceil_div<int64_t>(kRotateBytes, tiled_bytes(s.N, s.K))));
   std::vector<std::unique_ptr<Weight>> weights;
   for (int i = 0; i < copies; ++i) weights.push_back(std::make_unique<Weight>(s.N, s.K));
   const int64_t widest = std::max(s.N, s.K), M_max = 64;
@@ -134,15 +147,16 @@ void bench_shape(const Shape& s) {
   fill_values(factor.p, widest * 64);
   const int outputs = int(std::max<int64_t>(2, kRotateBytes / (s.N * s.K * 2)));
   Device out(size_t(outputs) * s.N * s.K * 2);
-  time_case(label("dequantize", s), copies, weight_bytes(s) + 2.0 * s.N * s.K, [&](int i, cudaStream_t stream) {
-    DequantizeParams p;
-    p.w = weights[i]->view;
-    p.row_end = s.N;
-    p.dtype = DType::kBFloat16;
-    p.out = static_cast<char*>(out.p) + (i % outputs) * s.N * s.K * 2;
-    p.stream = stream;
-    cuda::dequantize(p);
-  });
+  time_case(label("dequantize", s), copies, weight_bytes(s) + 2.0 * s.N * s.K,
+            [&](int i, cudaStream_t stream) {
+              DequantizeParams p;
+              p.w = weights[i]->view;
+              p.row_end = s.N;
+              p.dtype = DType::kBFloat16;
+              p.out = static_cast<char*>(out.p) + (i % outputs) * s.N * s.K * 2;
+              p.stream = stream;
+              cuda::dequantize(p);
+            });
   for (const int64_t M : {1, 4}) {  // the general kernels
     time_case(label("fwd float32", s, M), copies, weight_bytes(s), [&](int i, cudaStream_t stream) {
       QLinearFwdParams p;
@@ -153,15 +167,16 @@ void bench_shape(const Shape& s) {
       p.stream = stream;
       cuda::qlinear_fwd(p);
     });
-    time_case(label("dgrad float32", s, M), copies, weight_bytes(s), [&](int i, cudaStream_t stream) {
-      QLinearDgradParams p;
-      p.w = weights[i]->view;
-      p.M = M;
-      p.dy = x.p;
-      p.dx = y.p;
-      p.stream = stream;
-      cuda::qlinear_dgrad(p);
-    });
+    time_case(label("dgrad float32", s, M), copies, weight_bytes(s),
+              [&](int i, cudaStream_t stream) {
+                QLinearDgradParams p;
+                p.w = weights[i]->view;
+                p.M = M;
+                p.dy = x.p;
+                p.dx = y.p;
+                p.stream = stream;
+                cuda::qlinear_dgrad(p);
+              });
   }
   for (const int64_t M : {1, 2, 4, 8, 16, 32, 64})
     for (const int64_t R : {0, 16}) {
@@ -201,14 +216,17 @@ void bench_shape(const Shape& s) {
 void bench_rest() {
   const int64_t N = 14336, K = 4096, M = 2048;
   const int copies = 4;
-  Device w(copies * N * K * 2), codes(copies * N * K), absmax(N * K / 64 * 4), acc(M * N * 4), flags(K), seed(8);
+  Device w(copies * N * K * 2), codes(copies * N * K), absmax(N * K / 64 * 4), acc(M * N * 4),
+      flags(K), seed(8);
   fill_values(w.p, copies * N * K);
   fill(codes.p, copies * N * K);
   fill(absmax.p, 4 * N);
   NATIVE_CUDA(cudaMemset(flags.p, 0, K));
   NATIVE_CUDA(cudaMemset(seed.p, 1, 8));
   NATIVE_CUDA(cudaMemset(acc.p, 1, M * N * 4));
-  const auto part = [](const Device& d, int64_t bytes, int i) { return static_cast<char*>(d.p) + bytes * i; };
+  const auto part = [](const Device& d, int64_t bytes, int i) {
+    return static_cast<char*>(d.p) + bytes * i;
+  };
   time_case("quantize nf4 14336x4096 bf16", copies, 2.57 * N * K, [&](int i, cudaStream_t stream) {
     QuantizeParams p;
     p.N = N;
@@ -249,31 +267,33 @@ void bench_rest() {
     view.N = N;
     view.K = K;
     view.scales = absmax.p;
-    time_case("fwd int8 weight-only 14336x4096 M=" + m, copies, 1.0 * N * K, [&](int i, cudaStream_t stream) {
-      QLinearFwdParams p;
-      p.w = view;
-      p.w.codes = part(codes, N * K, i);
-      p.M = tokens;
-      p.dtype = DType::kBFloat16;
-      p.x = w.p;
-      p.y = acc.p;
-      p.stream = stream;
-      cuda::qlinear_fwd(p);
-    });
-    time_case("int8_epilogue dp4a 14336x4096 M=" + m, copies, 1.0 * N * K, [&](int i, cudaStream_t stream) {
-      Int8EpilogueParams p;
-      p.w = view;
-      p.w.codes = part(codes, N * K, i);
-      p.M = tokens;
-      p.dtype = DType::kBFloat16;
-      p.q = static_cast<int8_t*>(codes.p);
-      p.scale = static_cast<float*>(absmax.p);
-      p.outlier = static_cast<uint8_t*>(flags.p);
-      p.x = w.p;
-      p.y = acc.p;
-      p.stream = stream;
-      cuda::int8_epilogue(p);
-    });
+    time_case("fwd int8 weight-only 14336x4096 M=" + m, copies, 1.0 * N * K,
+              [&](int i, cudaStream_t stream) {
+                QLinearFwdParams p;
+                p.w = view;
+                p.w.codes = part(codes, N * K, i);
+                p.M = tokens;
+                p.dtype = DType::kBFloat16;
+                p.x = w.p;
+                p.y = acc.p;
+                p.stream = stream;
+                cuda::qlinear_fwd(p);
+              });
+    time_case("int8_epilogue dp4a 14336x4096 M=" + m, copies, 1.0 * N * K,
+              [&](int i, cudaStream_t stream) {
+                Int8EpilogueParams p;
+                p.w = view;
+                p.w.codes = part(codes, N * K, i);
+                p.M = tokens;
+                p.dtype = DType::kBFloat16;
+                p.q = static_cast<int8_t*>(codes.p);
+                p.scale = static_cast<float*>(absmax.p);
+                p.outlier = static_cast<uint8_t*>(flags.p);
+                p.x = w.p;
+                p.y = acc.p;
+                p.stream = stream;
+                cuda::int8_epilogue(p);
+              });
   }
   time_case("quantize_rows 2048x4096", copies, 3.0 * M * K, [&](int i, cudaStream_t stream) {
     QuantizeRowsParams p;

@@ -20,14 +20,14 @@ namespace native {
 
 using namespace fastpeft;
 
-#define NATIVE_CUDA(call)                                                                  \
-  do {                                                                                     \
-    const cudaError_t status = (call);                                                     \
-    if (status != cudaSuccess) {                                                           \
-      std::fprintf(stderr, "%s:%d: %s: %s\n", __FILE__, __LINE__, #call,                   \
-                   cudaGetErrorString(status));                                            \
-      std::exit(2);                                                                        \
-    }                                                                                      \
+#define NATIVE_CUDA(call)                                                \
+  do {                                                                   \
+    const cudaError_t status = (call);                                   \
+    if (status != cudaSuccess) {                                         \
+      std::fprintf(stderr, "%s:%d: %s: %s\n", __FILE__, __LINE__, #call, \
+                   cudaGetErrorString(status));                          \
+      std::exit(2);                                                      \
+    }                                                                    \
   } while (0)
 
 constexpr size_t kGuardBytes = 256;
@@ -41,7 +41,8 @@ class Buffer {
     poison();
   }
   template <class T>
-  explicit Buffer(const std::vector<T>& host, size_t shift = 0) : Buffer(host.size() * sizeof(T), shift) {
+  explicit Buffer(const std::vector<T>& host, size_t shift = 0)
+      : Buffer(host.size() * sizeof(T), shift) {
     NATIVE_CUDA(cudaMemcpy(data(), host.data(), bytes_, cudaMemcpyHostToDevice));
   }
   ~Buffer() { cudaFree(base_); }
@@ -64,7 +65,8 @@ class Buffer {
   }
   bool guard_is_whole() const {
     std::vector<unsigned char> tail(kGuardBytes);
-    NATIVE_CUDA(cudaMemcpy(tail.data(), static_cast<char*>(data()) + bytes_, kGuardBytes, cudaMemcpyDeviceToHost));
+    NATIVE_CUDA(cudaMemcpy(tail.data(), static_cast<char*>(data()) + bytes_, kGuardBytes,
+                           cudaMemcpyDeviceToHost));
     for (const unsigned char byte : tail)
       if (byte != kPoison) return false;
     return true;
@@ -94,10 +96,18 @@ struct TypeOf<__half> {
   static constexpr DType value = DType::kFloat16;
 };
 
-inline double wide(float v) { return v; }
-inline double wide(double v) { return v; }
-inline double wide(__nv_bfloat16 v) { return __bfloat162float(v); }
-inline double wide(__half v) { return __half2float(v); }
+inline double wide(float v) {
+  return v;
+}
+inline double wide(double v) {
+  return v;
+}
+inline double wide(__nv_bfloat16 v) {
+  return __bfloat162float(v);
+}
+inline double wide(__half v) {
+  return __half2float(v);
+}
 
 template <class T>
 T narrow(double v) {
@@ -142,7 +152,8 @@ struct HostWeight {
   std::vector<float> exact;  // [N, K]
 };
 
-inline HostWeight make_weight(Format format, int64_t N, int64_t K, int64_t blocksize, bool is_nested, unsigned seed) {
+inline HostWeight make_weight(Format format, int64_t N, int64_t K, int64_t blocksize,
+                              bool is_nested, unsigned seed) {
   HostWeight w{format, N, K, blocksize, is_nested, {}, {}, {}, {}, std::vector<float>(N * K)};
   std::mt19937 engine(seed);
   if (format == Format::kInt8) {
@@ -165,7 +176,8 @@ inline HostWeight make_weight(Format format, int64_t N, int64_t K, int64_t block
     w.nested.assign(257 + ceil_div<int64_t>(blocks, kNestedBlock), 0.0f);
     w.nested[0] = 0.05f;
     for (int i = 0; i < 256; ++i) w.nested[1 + i] = map[i];
-    for (size_t i = 257; i < w.nested.size(); ++i) w.nested[i] = 0.02f + float(engine() % 100) * 1e-4f;
+    for (size_t i = 257; i < w.nested.size(); ++i)
+      w.nested[i] = 0.02f + float(engine() % 100) * 1e-4f;
     for (int64_t b = 0; b < blocks; ++b) {
       q[b] = uint8_t(engine());
       const volatile float product = w.nested[1 + q[b]] * w.nested[257 + b / kNestedBlock];
@@ -180,7 +192,10 @@ inline HostWeight make_weight(Format format, int64_t N, int64_t K, int64_t block
   for (int64_t b = 0; b < blocks; ++b) {
     const int64_t per_row = K / blocksize;
     const int64_t at = by_column ? b % per_row * Np + b / per_row : b;
-    if (is_nested) w.scale_codes[at] = q[b]; else w.scales[at] = absmax[b];
+    if (is_nested)
+      w.scale_codes[at] = q[b];
+    else
+      w.scales[at] = absmax[b];
   }
   w.codes.assign(tiled_bytes(N, K), uint8_t(zero_code(format) * 17));
   const float* table = format == Format::kNf4 ? kNf4Code : kFp4Code;

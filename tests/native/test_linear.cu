@@ -1,0 +1,196 @@
+// Dequantise (bit for bit), linear layer forward and input gradient (error bound, same bits twice),
+// and both captured in a CUDA graph.
+#include "../../cuda/launch.h"
+#include "check.h"
+
+namespace native {
+
+namespace {
+
+template <class T>
+void test_dequantize(const HostWeight& host, const DeviceWeight& device, int64_t begin,
+                     int64_t end) {
+  std::vector<T> want((end - begin) * host.K);
+  for (size_t i = 0; i < want.size(); ++i) want[i] = narrow<T>(host.exact[begin * host.K + i]);
+  Buffer out(want.size() * sizeof(T));
+  DequantizeParams p;
+  p.w = device.view;
+  p.row_begin = begin;
+  p.row_end = end;
+  p.dtype = TypeOf<T>::value;
+  p.out = out.data();
+  cuda::dequantize(p);
+  check_bits(out, want,
+             std::string("dequantize ") + format_name(host.format) + " " + dtype_name(p.dtype) +
+                 " " + std::to_string(host.N) + "x" + std::to_string(host.K) + "/" +
+                 std::to_string(host.blocksize) + (host.is_nested ? " nested" : "") + " rows " +
+                 std::to_string(begin) + ".." + std::to_string(end));
+}
+
+template <class T>
+struct LinearCase {
+  std::vector<T> x, s, factor, bias;
+  std::vector<double> want, magnitude;
+};
+
+// out[m, o] = sum_i in[m, i] w(o, i) + bias[o] + scaling sum_r s[m, r] f(o, r); magnitude: the root
+// of the sum of squared terms times 4, plus what rounding of the result's parts allows.
+template <class T>
+LinearCase<T> linear_case(const HostWeight& w, int64_t M, int64_t R, bool is_dgrad,
+                          double scaling) {
+  const int64_t outputs = is_dgrad ? w.K : w.N, inputs = is_dgrad ? w.N : w.K;
+  LinearCase<T> c;
+  c.x = random_values<T>(M * inputs, 1);
+  c.s = random_values<T>(M * R, 2);
+  c.factor = random_values<T>(outputs * R, 3, 0.1);
+  c.bias = random_values<T>(outputs, 4);
+  for (int64_t m = 0; m < M; ++m)
+    for (int64_t o = 0; o < outputs; ++o) {
+      double sum = is_dgrad ? 0.0 : wide(c.bias[o]), squares = sum * sum;
+      const auto add = [&](double term) {
+        sum += term;
+        squares += term * term;
+      };
+      for (int64_t i = 0; i < inputs; ++i)
+        add(wide(c.x[m * inputs + i]) * double(w.exact[is_dgrad ? i * w.K + o : o * w.K + i]));
+      for (int64_t r = 0; r < R; ++r)
+        add(scaling * wide(c.s[m * R + r]) * wide(c.factor[is_dgrad ? r * w.K + o : o * R + r]));
+      c.want.push_back(sum);
+      const double growth =
+          std::is_same_v<T, float> || std::is_same_v<T, double> ? std::sqrt(double(inputs)) : 4.0;
+      c.magnitude.push_back(growth * std::sqrt(squares));
+    }
+  return c;
+}
+
+template <class T>
+void test_linear(const HostWeight& host, const DeviceWeight& device, int64_t M, int64_t R,
+                 size_t shift) {
+  for (const bool is_dgrad : {false, true}) {
+    const double scaling = is_dgrad ? 1.0 : 0.5;
+    const LinearCase<T> c = linear_case<T>(host, M, R, is_dgrad, scaling);
+    Buffer in(c.x, shift), s(c.s), factor(c.factor), bias(c.bias), out(c.want.size() * sizeof(T));
+    const auto run = [&] {
+      if (is_dgrad) {
+        QLinearDgradParams p;
+        p.w = device.view;
+        p.M = M;
+        p.R = R;
+        p.dtype = TypeOf<T>::value;
+        p.dy = in.data();
+        p.ds = R ? s.data() : nullptr;
+        p.lora_a = R ? factor.data() : nullptr;
+        p.dx = out.data();
+        cuda::qlinear_dgrad(p);
+      } else {
+        QLinearFwdParams p;
+        p.w = device.view;
+        p.M = M;
+        p.R = R;
+        p.dtype = TypeOf<T>::value;
+        p.x = in.data();
+        p.bias = bias.data();
+        p.s = R ? s.data() : nullptr;
+        p.lora_b = R ? factor.data() : nullptr;
+        p.scaling = float(scaling);
+        p.y = out.data();
+        cuda::qlinear_fwd(p);
+      }
+    };
+    run();
+    const std::string what = std::string(is_dgrad ? "dgrad " : "fwd ") + format_name(host.format) +
+                             " " + dtype_name(TypeOf<T>::value) + " M" + std::to_string(M) + " N" +
+                             std::to_string(host.N) + " K" + std::to_string(host.K) + " R" +
+                             std::to_string(R) + "/" + std::to_string(host.blocksize) +
+                             (host.is_nested ? " nested" : "");
+    check_sums<T>(out, c.want, c.magnitude, what);
+    const std::vector<T> first = out.read<T>();
+    out.poison();
+    run();
+    check_bits(out, first, what + " again");
+  }
+}
+
+}  // namespace
+
+void test_linears() {
+  struct Shape {
+    Format format;
+    int64_t N, K, blocksize;
+  };
+  const Shape shapes[] = {
+      {Format::kNf4, 48, 128, 64},   {Format::kNf4, 16, 64, 64},   {Format::kNf4, 7, 64, 64},
+      {Format::kNf4, 341, 192, 64},  {Format::kNf4, 40, 1088, 64}, {Format::kNf4, 33, 100, 64},
+      {Format::kNf4, 24, 96, 32},    {Format::kNf4, 5, 7, 64},     {Format::kNf4, 64, 192, 128},
+      {Format::kNf4, 520, 256, 256}, {Format::kFp4, 72, 320, 64},  {Format::kInt8, 33, 80, 64},
+      {Format::kInt8, 19, 45, 64},   {Format::kNf4, 2500, 64, 64}};
+  for (const Shape& s : shapes)
+    for (const bool is_nested : {false, true}) {
+      if (s.format == Format::kInt8 && is_nested) continue;
+      const HostWeight host =
+          make_weight(s.format, s.N, s.K, s.blocksize, is_nested, unsigned(s.N + s.K));
+      const DeviceWeight device(host);
+      for (const int64_t M : {1, 5, 8, 13, 17}) {
+        const int64_t R = M == 1 ? 0 : M == 5 ? 13 : M == 8 ? 16 : 33;
+        test_linear<__nv_bfloat16>(host, device, M, R, 0);
+        test_linear<__half>(host, device, M, R, 0);
+        if (M > 5) continue;
+        test_linear<float>(host, device, M, R, 0);
+        test_linear<double>(host, device, M, R, 0);
+        test_linear<__nv_bfloat16>(host, device, M, R, 2);  // misaligned activations
+      }
+      if (is_nested) {
+        test_dequantize<__nv_bfloat16>(host, device, 0, host.N);
+        test_dequantize<__half>(host, device, 0, host.N);
+        test_dequantize<__nv_bfloat16>(host, device, 3, host.N - 1);
+      }
+      test_dequantize<float>(host, device, 0, host.N);
+      test_dequantize<double>(host, device, host.N / 2, host.N);
+      test_dequantize<__nv_bfloat16>(host, device, 1, host.N);
+    }
+}
+
+// Launches captured on a stream replay to the same bits.
+void test_graph() {
+  const HostWeight host = make_weight(Format::kNf4, 96, 128, 64, true, 77);
+  const DeviceWeight device(host);
+  const int64_t M = 3;
+  Buffer x(random_values<__nv_bfloat16>(M * host.K, 12)), y(M * host.N * 2), dx(M * host.K * 2);
+  cudaStream_t stream;
+  NATIVE_CUDA(cudaStreamCreateWithFlags(&stream, cudaStreamNonBlocking));
+  const auto run = [&] {
+    QLinearFwdParams f;
+    f.w = device.view;
+    f.M = M;
+    f.dtype = DType::kBFloat16;
+    f.x = x.data();
+    f.y = y.data();
+    f.stream = stream;
+    cuda::qlinear_fwd(f);
+    QLinearDgradParams d;
+    d.w = device.view;
+    d.M = M;
+    d.dtype = DType::kBFloat16;
+    d.dy = y.data();
+    d.dx = dx.data();
+    d.stream = stream;
+    cuda::qlinear_dgrad(d);
+  };
+  run();
+  const std::vector<uint16_t> want = dx.read<uint16_t>();
+  dx.poison();
+  y.poison();
+  cudaGraph_t graph;
+  cudaGraphExec_t replay;
+  NATIVE_CUDA(cudaStreamBeginCapture(stream, cudaStreamCaptureModeGlobal));
+  run();
+  NATIVE_CUDA(cudaStreamEndCapture(stream, &graph));
+  NATIVE_CUDA(cudaGraphInstantiate(&replay, graph, 0));
+  NATIVE_CUDA(cudaGraphLaunch(replay, stream));
+  check_bits(dx, want, "graph replay");
+  NATIVE_CUDA(cudaGraphExecDestroy(replay));
+  NATIVE_CUDA(cudaGraphDestroy(graph));
+  NATIVE_CUDA(cudaStreamDestroy(stream));
+}
+
+}  // namespace native
