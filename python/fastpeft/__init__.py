@@ -39,6 +39,7 @@ _EXPORTS = {
     "activate": "fastpeft.attach",
     "disabled": "fastpeft.attach",
     "adapters": "fastpeft.attach",
+    "adapter_ids": "fastpeft.mixing",
     "merge": "fastpeft.merge",
     "unmerge": "fastpeft.merge",
     "summary": "fastpeft.report",

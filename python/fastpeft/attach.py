@@ -18,6 +18,7 @@ from torch import nn
 from fastpeft import checkpointing, copies
 from fastpeft.errors import AdapterError, StateError, refuse
 from fastpeft.methods.method import METHODS, Method, method_of
+from fastpeft.methods.rows import Rows
 from fastpeft.patterns import near_names, plain_parameters
 
 _STATE = "_fastpeft"
@@ -43,12 +44,14 @@ class State:
     active: names of those that take part in the forward pass.
     requires_grad: {plain parameter name: flag} of the bare model before the first attach.
     merged: name of the adapter folded into the base weights, or None.
+    rows: inside `adapter_ids`: which row of the batch goes through which adapter; else None.
     """
 
     adapters: dict[str, Attached] = field(default_factory=dict)
     active: tuple[str, ...] = ()
     requires_grad: dict[str, bool] = field(default_factory=dict)
     merged: str | None = None
+    rows: Rows | None = None
 
 
 class Adapters(dict[str, Any]):
@@ -103,7 +106,7 @@ def detach(model: nn.Module, name: str | None = None) -> nn.Module:
         AdapterError: no such adapter; StateError: it is merged.
     """
     state, name = named(model, name)
-    _refuse_merged(state, f"detach adapter '{name}'")
+    refuse_merged(state, f"detach adapter '{name}'")
     remove(model, name)
     if state.adapters:
         activate(model, state.active)
@@ -130,7 +133,7 @@ def activate(model: nn.Module, names: str | Iterable[str] | None) -> nn.Module:
         raise refuse(
             AdapterError, "names", repr(list(wanted)), "each name once", "Remove the repetition."
         )
-    _refuse_merged(state, "activate adapters")
+    refuse_merged(state, "activate adapters")
     switch(model, state, wanted)
     before, state.active = state.active, wanted
     for name in before:
@@ -152,15 +155,15 @@ def disabled(model: nn.Module) -> Iterator[nn.Module]:
     if state is None:
         yield model
         return
-    _refuse_merged(state, "show the bare base")
-    before = state.active
+    refuse_merged(state, "show the bare base")
+    before, rows = state.active, state.rows
     switch(model, state, ())
     state.active = ()
     try:
         yield model
     finally:
         known = tuple(name for name in before if name in state.adapters)
-        switch(model, state, known)
+        switch(model, state, known, rows)
         state.active = known
 
 
@@ -168,7 +171,7 @@ def add(model: nn.Module, config: Any, name: str, trainable: bool = True) -> Non
     """The first half of `attach`: the adapter is there, but inactive."""
     state = state_of(model) or State()
     check_name(name, state)
-    _refuse_merged(state, f"attach adapter '{name}'")
+    refuse_merged(state, f"attach adapter '{name}'")
     method = method_of(config)
     saved = copies.check_copies(model, config)
     flags = {key: p.requires_grad for key, p in plain_parameters(model)}
@@ -303,16 +306,22 @@ def _listed(state: State) -> str:
     return ", ".join(f"'{name}'" for name in state.adapters)
 
 
-def switch(model: nn.Module, state: State, names: tuple[str, ...]) -> None:
-    """Tell every method which of its adapters are on."""
+def switch(
+    model: nn.Module, state: State, names: tuple[str, ...], rows: Rows | None = None
+) -> None:
+    """Tell every method which of its adapters are on, for all rows of a batch or by row."""
     copies.activate_copies(model, names)  # first: it alone can refuse
+    mixes, state.rows = rows is not None or state.rows is not None, rows
     for method in {attached.method: None for attached in state.adapters.values()}:
         METHODS[method].activate(
             model, tuple(n for n in names if state.adapters[n].method == method)
         )
+        if mixes and METHODS[method].mix is not None:
+            METHODS[method].mix(model, rows)
 
 
-def _refuse_merged(state: State, deed: str) -> None:
+def refuse_merged(state: State, deed: str) -> None:
+    """StateError if an adapter is in the base weights now."""
     if state.merged is not None:
         raise refuse(
             StateError,

@@ -22,6 +22,7 @@ from ..errors import ConfigError, refuse
 from ..patterns import ALL_LINEAR
 from .layers import layer_method
 from .method import register_method
+from .rows import Rows, scale_by_rows
 
 __all__ = ["IA3", "IA3Linear"]
 
@@ -102,6 +103,7 @@ class IA3Linear(nn.Module):
         self.base_layer = base_layer.requires_grad_(False)
         self.adapters = nn.ModuleDict()
         self.active: tuple[str, ...] = ()
+        self.rows: Rows | None = None  # inside fastpeft.adapter_ids
         self.train(base_layer.training)
 
     def __getattr__(self, name: str) -> Any:
@@ -131,6 +133,8 @@ class IA3Linear(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """[..., K] -> [..., N], in the base's output dtype."""
+        if self.rows is not None:
+            return self._by_rows(x, self.rows)
         vectors = [self.adapters[name].ia3_l for name in self.active]
         for vector in (v for v in vectors if v.shape[0] == 1):
             x = (x * vector.flatten()).to(x.dtype)
@@ -138,6 +142,12 @@ class IA3Linear(nn.Module):
         for vector in (v for v in vectors if v.shape[0] != 1):
             y = (y * vector.flatten()).to(y.dtype)
         return y
+
+    def _by_rows(self, x: Tensor, rows: Rows) -> Tensor:
+        vectors = {n: a.ia3_l for n, a in self.adapters.items() if n in rows.names}
+        inner = {n: v.flatten() for n, v in vectors.items() if v.shape[0] == 1}
+        outer = {n: v.flatten() for n, v in vectors.items() if n not in inner}
+        return scale_by_rows(self.base_layer(scale_by_rows(x, inner, rows)), outer, rows)
 
 
 def _is_feedforward(config: IA3, name: str) -> bool:

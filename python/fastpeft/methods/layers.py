@@ -2,8 +2,9 @@
 few functions.
 
 The wrapper class (LoRALinear, ...) holds the frozen layer as child `fastpeft_wraps`, the adapters
-as `adapters` (nn.ModuleDict by name), and offers `remove_adapter(name)`, `set_active(names)` and,
-if weights can be merged, `merge(name, requantize)` and `unmerge()`.
+as `adapters` (nn.ModuleDict by name), and offers `remove_adapter(name)`, `set_active(names)`, an
+attribute `rows` (Rows or None) and, if weights can be merged, `merge(name, requantize)` and
+`unmerge()`.
 """
 
 from __future__ import annotations
@@ -26,6 +27,7 @@ from ..patterns import (
 )
 from ..transposed import TransposedLinear, is_conv1d
 from .method import Method
+from .rows import Rows
 
 
 def layer_method(
@@ -122,6 +124,10 @@ def layer_method(
             raise
         return errors
 
+    def mix(model: nn.Module, rows: Rows | None) -> None:
+        for _, layer in wrapped(model):
+            layer.rows = rows
+
     def unmerge(model: nn.Module, adapter: str) -> None:
         for _, layer in wrapped(model, adapter):
             layer.unmerge()
@@ -136,4 +142,5 @@ def layer_method(
         parameters,
         merge=merge if mergeable else None,
         unmerge=unmerge if mergeable else None,
+        mix=mix,
     )

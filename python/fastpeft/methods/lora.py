@@ -28,6 +28,7 @@ from .layers import layer_method
 from .lora_adapter import LoRAAdapter
 from .lora_config import LoRA, check_name
 from .method import register_method
+from .rows import Rows, low_rank_by_rows
 
 __all__ = ["LoRA", "LoRAAdapter", "LoRALinear"]
 
@@ -81,6 +82,7 @@ class LoRALinear(nn.Module):
         self.adapters = nn.ModuleDict()
         self._active: tuple[str, ...] = ()
         self._merged: tuple[str, ...] = ()
+        self.rows: Rows | None = None  # inside fastpeft.adapter_ids
         # The base as it was before a merge; in a tuple, so that it is no submodule and not in
         # state_dict.
         self._kept: tuple[nn.Module, ...] = ()
@@ -265,6 +267,9 @@ class LoRALinear(nn.Module):
             self._refuse_merged("train")
         # Children are read from their dictionaries: nn.Module's attribute look-ups cost 1 us each.
         children = self._modules
+        if self.rows is not None:
+            base = children["base_layer"]
+            return low_rank_by_rows(self, x, self.rows, lambda x, lora: _base_linear(base, x, lora))
         if self._merged or not self._active:
             return _base_linear(children["base_layer"], x, None)
         adapters = children["adapters"]._modules

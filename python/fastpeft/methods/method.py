@@ -22,6 +22,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from ..errors import ConfigError
+from .rows import Rows
 
 
 @dataclass(frozen=True)
@@ -72,9 +73,10 @@ class Method:
             "model.layers.0.self_attn.q_proj.lora_A.weight".
         tensors: the same for what a file holds, if that differs; loading copies into these tensors.
         merge: (model, adapter name, requantize) -> {plain module name: relative error of the stored
-            weight}. Folds the adapter into the base. None: the method is no change of a weight and
-            cannot be merged.
+            weight}. Folds the adapter into the base. None: the method has no merge.
         unmerge: (model, adapter name). The base is bit for bit what it was.
+        mix: (model, Rows or None). Its adapters take part by row of the batch, beside none that are
+            active; None ends that. Missing: they cannot.
         files: its folder format, if that is not peft's.
         save: (model, adapter name, folder). Fills the folder, where a file is no adapter but a
             whole model.
@@ -92,6 +94,7 @@ class Method:
     tensors: Callable[[nn.Module, str], dict[str, Tensor]] | None = None
     merge: Callable[[nn.Module, str, bool], dict[str, float]] | None = None
     unmerge: Callable[[nn.Module, str], None] | None = None
+    mix: Callable[[nn.Module, Rows | None], None] | None = None
     files: Files | None = None
     save: Callable[[nn.Module, str, Path], None] | None = None
     load: Callable[[nn.Module, Path], tuple[Any, dict[str, Tensor]] | None] | None = None
