@@ -60,27 +60,31 @@ def formulas(dtype, x, dy, *parts, residual):
     return dict(reference.bottleneck_grads(dtype, rows(dy), flat, *parts), y=y)
 
 
-def reversed_sums(dtype, x, dy, down, down_bias, up, up_bias, activation, scaling, residual):
-    """The same with every sum over tokens, features and bottleneck run from the other end: plain
-    torch's error depends on the order, and one order's worst element is luck.
+def reordered(dtype, seed, x, dy, down, down_bias, up, up_bias, activation, scaling, residual):
+    """The same with tokens, features and bottleneck permuted and put back: other orders of summation.
+    Plain torch's error depends on the order, and one order's worst element is luck.
     """
-    turned = (
-        down.flip(0, 1),
-        None if down_bias is None else down_bias.flip(0),
-        up.flip(0, 1),
-        None if up_bias is None else up_bias.flip(0),
-    )
-    residual = None if residual is None else rows(residual).flip(0, 1)
+    generator = torch.Generator().manual_seed(seed)
+    sizes = (rows(x).shape[0], x.shape[-1], down.shape[0])
+    m, k, d = (torch.randperm(n, generator=generator).to(x.device) for n in sizes)
     found = formulas(
         dtype,
-        rows(x).flip(0, 1),
-        rows(dy).flip(0, 1),
-        *turned,
+        rows(x)[m][:, k],
+        rows(dy)[m][:, k],
+        down[d][:, k],
+        None if down_bias is None else down_bias[d],
+        up[k][:, d],
+        None if up_bias is None else up_bias[k],
         activation,
         scaling,
-        residual=residual,
+        residual=None if residual is None else rows(residual)[m][:, k],
     )
-    return {name: t.flip(tuple(range(t.dim()))) for name, t in found.items()}
+    axes = dict(y=(m, k), dx=(m, k), ddown=(d, k), dup=(k, d), ddown_bias=(d,), dup_bias=(k,))
+    for name, value in found.items():
+        for axis, order in enumerate(axes[name]):
+            value = value.index_select(axis, torch.argsort(order))
+        found[name] = value
+    return found
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -97,11 +101,11 @@ def test_values_and_gradients(device, shape, activation, dtype):
     got = run(x, dy, *parts, residual)
     exact = formulas(torch.float64, x, dy, *parts, residual=residual)
     plain = formulas(DTYPES[dtype], x, dy, *parts, residual=residual)
-    turned = reversed_sums(DTYPES[dtype], x, dy, *parts, residual)
+    others = [reordered(DTYPES[dtype], seed, x, dy, *parts, residual) for seed in range(3)]
     assert set(got) == set(exact)
     for name, value in got.items():
         value = rows(value) if name in ("y", "dx") else value
-        yardstick = [plain[name], turned[name]]
+        yardstick = [plain[name], *(found[name] for found in others)]
         compare.assert_close(
             value, exact[name], yardstick, dtype=DTYPES[dtype], name=f"{activation} {name}"
         )
