@@ -61,7 +61,7 @@ def formulas(dtype, x, dy, *parts, residual):
 
 
 def reordered(dtype, seed, x, dy, down, down_bias, up, up_bias, activation, scaling, residual):
-    """The same with tokens, features and bottleneck permuted and put back: other orders of summation.
+    """The same with tokens, features and bottleneck permuted and put back: other orders of sums.
     Plain torch's error depends on the order, and one order's worst element is luck.
     """
     generator = torch.Generator().manual_seed(seed)
