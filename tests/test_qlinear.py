@@ -6,6 +6,7 @@ import itertools
 import os
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import cases
@@ -43,6 +44,26 @@ def test_second_run_is_bitwise_equal(device, case):
     first, second = kernelkit.run(inputs), kernelkit.run(inputs)
     for name in first:
         compare.assert_bitwise(first[name], second[name], f"{case} {name}")
+
+
+def inside(t: torch.Tensor | None) -> torch.Tensor | None:
+    """t as the middle of a tensor three times as long: packed, but with an offset."""
+    if t is None:
+        return None
+    around = torch.cat([torch.full_like(t, 1e4), t.detach(), torch.full_like(t, 1e4)])
+    return around[t.shape[0] : 2 * t.shape[0]]
+
+
+@pytest.mark.parametrize("M", [1, 5, 64])
+@pytest.mark.parametrize("kind", cases.KINDS)
+def test_slices_of_larger_tensors(device, kind, M):
+    inputs = Case(kind, "float32", M, 64, 128, 8, bias=True).build(device)
+    names = ("x", "dy", "bias", "A", "B")
+    sliced = replace(inputs, **{name: inside(getattr(inputs, name)) for name in names})
+    assert all(getattr(sliced, name).storage_offset() > 0 for name in names)
+    first, second = kernelkit.run(inputs), kernelkit.run(sliced)
+    for name in first:
+        compare.assert_bitwise(first[name], second[name], f"{kind} {name}")
 
 
 @pytest.mark.parametrize("case", [c for c in COVERING if c.R][::9], ids=str)

@@ -93,8 +93,8 @@ Tensor matrix_view(const Tensor& t, int64_t rows, int64_t columns, int64_t row_s
                    int64_t column_stride, int64_t offset) {
   const int64_t sizes[2] = {rows, columns}, strides[2] = {row_stride, column_stride};
   AtenTensorHandle result;
-  TORCH_ERROR_CODE_CHECK(aoti_torch__reinterpret_tensor(t.get(), 2, sizes, strides,
-                                                        t.storage_offset() + offset, &result));
+  TORCH_ERROR_CODE_CHECK(
+      aoti_torch__reinterpret_tensor(t.get(), 2, sizes, strides, offset, &result));
   return Tensor(result);
 }
 
