@@ -114,6 +114,12 @@ void mm(const Tensor& out, const Tensor& a, const Tensor& b, double alpha) {
   check_matmul(call(out.get(), a.get(), b.get()), a, b);
 }
 
+ScalarType product_dtype(const Backend& backend, ScalarType dtype) {
+  const bool is_16bit = dtype == ScalarType::BFloat16 || dtype == ScalarType::Half;
+  const bool widens = is_16bit && !backend.is_cuda() && !cpu::has_matrix_units();
+  return widens ? ScalarType::Float : dtype;
+}
+
 bool int_mm(const Tensor& out, const Tensor& a, const Tensor& b) {
   if (a.is_cuda()) {
     if (a.size(0) <= 16 || a.size(1) % 8 || b.size(1) % 8) return false;

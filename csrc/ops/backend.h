@@ -59,6 +59,10 @@ Tensor transposed(const Tensor& matrix);
 void addmm(const Tensor& out, const Tensor& add, const Tensor& a, const Tensor& b,
            double beta = 1.0, double alpha = 1.0);
 void mm(const Tensor& out, const Tensor& a, const Tensor& b, double alpha = 1.0);
+// The dtype in which small products beside the base are computed: float32 where torch's 16-bit
+// matmul is the slower one (a CPU without matrix units: half the speed, and 20 us a call), else
+// `dtype`.
+ScalarType product_dtype(const Backend& backend, ScalarType dtype);
 // int32 out = int8 a b; false where torch cannot (its CUDA path wants M > 16 and multiples of 8).
 bool int_mm(const Tensor& out, const Tensor& a, const Tensor& b);
 

@@ -73,17 +73,21 @@ std::tuple<Tensor, Tensor, Tensor> lora_wgrad(const Tensor& dy, const Tensor& x,
   const Backend backend(x);
   const Tensor dy_rows = matrix_view(contiguous_of(dy), M, N, N, 1);
   const Tensor x_rows = matrix_view(contiguous_of(x), M, K, K, 1);
-  Tensor ds = empty({M, R}, x.scalar_type(), x);
-  Tensor dA = empty({R, K}, x.scalar_type(), x), dB = empty({N, R}, x.scalar_type(), x);
+  const ScalarType dtype = product_dtype(backend, x.scalar_type());
+  Tensor ds = empty({M, R}, dtype, x);
+  Tensor dA = empty({R, K}, dtype, x), dB = empty({N, R}, dtype, x);
   if (M == 0) {
     torch::stable::zero_(dA);
     torch::stable::zero_(dB);
   } else {
-    mm(ds, dy_rows, b, scaling);
-    mm(dB, transposed(dy_rows), contiguous_of(s), scaling);
-    mm(dA, transposed(ds), dropout_p > 0.0 ? drop(backend, x_rows, dropout_p, seed) : x_rows);
+    const Tensor g = as_dtype(dy_rows, dtype);
+    const Tensor z = dropout_p > 0.0 ? drop(backend, x_rows, dropout_p, seed) : x_rows;
+    mm(ds, g, as_dtype(b, dtype), scaling);
+    mm(dB, transposed(g), as_dtype(contiguous_of(s), dtype), scaling);
+    mm(dA, transposed(ds), as_dtype(z, dtype));
   }
-  return {as_dtype(dA, lora_A.scalar_type()), as_dtype(dB, lora_A.scalar_type()), ds};
+  return {as_dtype(dA, lora_A.scalar_type()), as_dtype(dB, lora_A.scalar_type()),
+          as_dtype(ds, x.scalar_type())};
 }
 
 namespace {

@@ -187,7 +187,15 @@ std::tuple<Tensor, Tensor> qlinear_fwd(const Tensor& x, const Tensor& codes,
     const Tensor a = parameter("lora_A", *lora_A, x);
     lora = LowRank{empty({M, R}, x.scalar_type(), x), parameter("lora_B", *lora_B, x), scaling};
     if (M > 0) {
-      mm(lora->s, dropout_p > 0.0 ? drop(backend, rows, dropout_p, seed) : rows, transposed(a));
+      const ScalarType wide = product_dtype(backend, x.scalar_type());
+      const Tensor z = dropout_p > 0.0 ? drop(backend, rows, dropout_p, seed) : rows;
+      if (wide != x.scalar_type()) {
+        Tensor s = empty({M, R}, wide, x);
+        mm(s, as_dtype(z, wide), transposed(as_dtype(a, wide)));
+        lora->s = as_dtype(s, x.scalar_type());
+      } else {
+        mm(lora->s, z, transposed(a));
+      }
     }
   }
   if (M > 0) {
