@@ -19,7 +19,7 @@ from fastpeft.train.blocks import BlockSequence, cut, hold_out, tokenize
 from fastpeft.train.folder import last_checkpoint
 from fastpeft.train.heldout import heldout_loss, windows
 from fastpeft.train.metrics import MetricsLog, read_rows
-from fastpeft.train.recipe import write_recipe
+from fastpeft.train.recipe import LEARNING_RATES, METHODS, write_recipe
 from fastpeft.train.sources import Document, kjv_books, read
 from tiny_lm import TEXT, save_tiny, tiny_model, tiny_tokenizer
 
@@ -60,12 +60,23 @@ def test_tokens_become_steps_rounded_up():
         ({"model": ""}, ["model", "--model"]),
         ({"lora_dropout": 1.5}, ["lora_dropout", "1.5"]),
         ({"dtype": "int8"}, ["dtype", "int8", "float32"]),
+        ({"method": "lorra"}, ["method", "lorra", "prefix"]),
+        ({"method": "full"}, ["format", "nf4", "--format none"]),
+        ({"optimizer": "adamw_8bit"}, ["optimizer", "method lora", "full"]),
+        ({"method": "ia3", "lora_plus_ratio": 16}, ["lora_plus_ratio", "ia3", "lora"]),
+        ({"bottleneck": "pfeifer"}, ["bottleneck", "pfeifer", "houlsby"]),
     ],
 )
 def test_impossible_entries_are_refused(entries, words):
     with pytest.raises(ConfigError) as caught:
         resolve(SMALL, entries)
     assert all(word in str(caught.value) for word in words), str(caught.value)
+
+
+def test_each_method_has_its_own_rate():
+    rates = {m: resolve(SMALL, {"method": m, "format": "none"}).lr for m in METHODS}
+    assert rates == LEARNING_RATES and rates["full"] < rates["lora"] < rates["prefix"]
+    assert resolve(SMALL, {"method": "prefix", "lr": 3e-3}).lr == 3e-3
 
 
 def test_steps_are_needed():
@@ -281,6 +292,50 @@ def test_a_run_lowers_the_loss_and_reloads_to_the_same(folder, tmp_path, format)
     assert {"adapter_config.json", "adapter_model.safetensors"} <= files
     assert not any(name.startswith("model") for name in files)
     assert evaluate_run(tmp_path / "run", "cpu")["difference"] <= 1e-6
+
+
+# entries of a method, and the fall of the held-out loss that 25 steps must bring
+OTHER_METHODS = {
+    "prefix": ({"method": "prefix", "format": "int8", "lr": 0.05}, 0.05),
+    "projection": ({"method": "prefix", "projection": True, "prefix_init": "vocabulary"}, 0.05),
+    "prompt": ({"method": "prompt", "lr": 0.1}, 0.05),
+    "ia3": ({"method": "ia3", "lr": 0.05}, 0.05),
+    "houlsby": ({"method": "bottleneck", "bottleneck": "houlsby", "reduction_factor": 4}, 0.2),
+    "parallel": ({"method": "bottleneck", "bottleneck": "parallel", "format": "int8"}, 0.2),
+    "full": ({"method": "full", "format": "none", "lr": 3e-3, "dtype": "bfloat16"}, 0.2),
+}
+
+
+@pytest.mark.parametrize("name", OTHER_METHODS)
+def test_every_method_lowers_the_loss_and_reloads_to_the_same(folder, tmp_path, name):
+    more, least = OTHER_METHODS[name]
+    recipe = resolve(entries(folder, steps=25, target_modules=None), more)
+    summary = train(recipe, tmp_path / "run")
+    assert summary["loss_after"] < summary["loss_before"] - least
+    assert evaluate_run(tmp_path / "run", "cpu")["difference"] <= 1e-6
+    files = (tmp_path / "run" / "adapter").glob("*.safetensors")
+    assert summary["adapter_bytes"] == sum(path.stat().st_size for path in files)
+    size = 2 if name == "full" else 4  # projection: the file holds what it made
+    assert name == "projection" or summary["adapter_bytes"] > size * summary["trainable"]
+    # what the optimizer costs stands in the recipe, in words and numbers
+    first = (tmp_path / "run" / "recipe.yaml").read_text().split("\n")[0]
+    assert first.startswith(f"# {summary['optimizer']}: ") and "optimizer states" in first
+    states = summary["optimizer_bytes"]["optimizer states"]
+    assert states == 8 * summary["trainable"]
+    assert (summary["optimizer"] == "AdamW (fused), float32 master weights") == (name == "full")
+
+
+def test_full_resumes_with_its_masters(folder, tmp_path):
+    more = {"method": "full", "format": "none", "dtype": "bfloat16", "lr": 1e-3, "save_every": 2}
+    recipe = resolve(entries(folder, steps=9), more)
+    whole = train(recipe, tmp_path / "whole")
+    with pytest.raises(KeyboardInterrupt):
+        train(recipe, tmp_path / "run", reporter=Stop(7))
+    assert last_checkpoint(tmp_path / "run")[1] == 6
+    resumed = train(recipe, tmp_path / "run", resume=True)
+    assert losses_of(tmp_path / "run") == losses_of(tmp_path / "whole")
+    assert resumed["loss_after"] == whole["loss_after"]
+    assert resumed["loss_before"] == whole["loss_before"]
 
 
 def test_a_finished_folder_is_not_overwritten_by_accident(folder, tmp_path):

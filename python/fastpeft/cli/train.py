@@ -35,7 +35,11 @@ def parse_settings(settings: list[str]) -> dict[str, Any]:
 
 def summary_rows(summary: dict[str, Any]) -> list[tuple[str, str]]:
     """A run's summary for people."""
-    total = summary["parameters"] + summary["trainable"]
+    from fastpeft.train.method import plan_text
+
+    total = summary["parameters"]
+    if summary["method"] != "full":
+        total += summary["trainable"]
     fall = summary["loss_before"] - summary["loss_after"]
     held = f"{summary['heldout']}, {summary['heldout_tokens']} tokens"
     rows = [
@@ -60,6 +64,7 @@ def summary_rows(summary: dict[str, Any]) -> list[tuple[str, str]]:
         before, now = as_bytes(summary["layer_dense_bytes"]), as_bytes(summary["layer_bytes"])
         rows.append(("of it, quantised layers", f"{before} in 16 bits -> {now}"))
     return rows + [
+        ("optimizer", plan_text(summary)),
         ("training", f"{summary['steps']} steps, {summary['tokens']:,} tokens"),
         ("training speed", f"{summary['tokens_per_s']:.1f} tokens/s"),
         ("training time", as_seconds(summary["train_seconds"])),
@@ -85,7 +90,9 @@ def command(
     heldout: Annotated[
         list[str] | None, typer.Option(help="Source to measure on, never trained on.")
     ] = None,
-    method: Annotated[str | None, typer.Option(help="lora.")] = None,
+    method: Annotated[
+        str | None, typer.Option(help="lora, prefix, prompt, ia3, bottleneck or full.")
+    ] = None,
     format: Annotated[str | None, typer.Option(help="nf4, int8 or none.")] = None,
     r: Annotated[int | None, typer.Option(help="Rank.")] = None,
     alpha: Annotated[float | None, typer.Option(help="lora_alpha.")] = None,
@@ -93,6 +100,20 @@ def command(
     targets: Annotated[
         str | None, typer.Option(help="all-linear, or names: q_proj,v_proj.")
     ] = None,
+    virtual_tokens: Annotated[
+        int | None, typer.Option(help="Length of a prefix or prompt.")
+    ] = None,
+    projection: Annotated[
+        bool | None, typer.Option("--projection/--no-projection", help="A prefix made by an MLP.")
+    ] = None,
+    bottleneck: Annotated[
+        str | None,
+        typer.Option(help="pfeiffer, houlsby, parallel or between_attention_and_ffn."),
+    ] = None,
+    reduction_factor: Annotated[
+        float | None, typer.Option(help="Hidden size / width of a bottleneck.")
+    ] = None,
+    optimizer: Annotated[str | None, typer.Option(help="Of full: adamw or adamw_8bit.")] = None,
     steps: Annotated[int | None, typer.Option(help="Optimizer steps.")] = None,
     tokens: Annotated[int | None, typer.Option(help="Tokens to train on, instead.")] = None,
     batch_size: Annotated[int | None, typer.Option(help="Blocks a step.")] = None,
@@ -133,6 +154,11 @@ def command(
         "lora_alpha": alpha,
         "lora_dropout": dropout,
         "target_modules": target,
+        "num_virtual_tokens": virtual_tokens,
+        "projection": projection,
+        "bottleneck": bottleneck,
+        "reduction_factor": reduction_factor,
+        "optimizer": optimizer,
         "steps": steps,
         "tokens": tokens,
         "batch_size": batch_size,

@@ -9,9 +9,11 @@ from torch import nn
 from torch.utils.data import Dataset, Sampler, SequentialSampler
 from transformers import Trainer
 
-from fastpeft.attach import detach
+from fastpeft.attach import adapters, detach
 from fastpeft.groups import param_groups
 from fastpeft.io import load_adapter, save_adapter
+from fastpeft.methods.full import Full
+from fastpeft.methods.full_optimizer import make_optimizer
 
 
 class AdapterTrainer(Trainer):
@@ -42,9 +44,14 @@ class AdapterTrainer(Trainer):
         super().__init__(*args, **kwargs)
 
     def create_optimizer(self, *args: Any, **kwargs: Any) -> torch.optim.Optimizer:
-        """The Trainer's optimizer, or AdamW with two learning rates for lora_plus_ratio."""
-        if self.optimizer is None and self.lora_plus_ratio is not None:
-            rate, decay = self.args.learning_rate, self.args.weight_decay
+        """The Trainer's optimizer, AdamW with two learning rates for lora_plus_ratio, or what a
+        `Full` names."""
+        rate, decay = self.args.learning_rate, self.args.weight_decay
+        config = adapters(self.model).get(self.adapter_name)
+        if self.optimizer is None and isinstance(config, Full):
+            groups = param_groups(self.model, lr=rate, weight_decay=decay)
+            self.optimizer = make_optimizer(groups, config, lr=rate, weight_decay=decay)
+        elif self.optimizer is None and self.lora_plus_ratio is not None:
             groups = param_groups(self.model, lr=rate, lora_plus_ratio=self.lora_plus_ratio)
             self.optimizer = torch.optim.AdamW(groups, lr=rate, weight_decay=decay)
         return super().create_optimizer(*args, **kwargs)

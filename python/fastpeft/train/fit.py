@@ -8,8 +8,9 @@ from typing import TYPE_CHECKING, Any
 from torch import Tensor
 
 from .blocks import BlockSequence
+from .memory import memory_bytes
 from .metrics import MetricsLog
-from .model import ADAPTER, memory_bytes
+from .model import ADAPTER
 from .recipe import Recipe
 from .reporter import Reporter
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -20,16 +19,6 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 ADAPTER = "default"
-
-
-def memory_bytes(device: torch.device) -> int:
-    """Peak memory so far: allocated on the GPU, or resident in this process."""
-    if device.type == "cuda":
-        return torch.cuda.max_memory_allocated(device)
-    import resource
-
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak if sys.platform == "darwin" else peak * 1024  # macOS counts bytes, Linux KiB
 
 
 def module_bytes(module: torch.nn.Module) -> int:
@@ -93,22 +82,6 @@ def frozen_base(
     return model, tokenizer
 
 
-def adapter_config(recipe: Recipe) -> Any:
-    """The configuration object of the recipe's method."""
-    import fastpeft
-
-    alpha = recipe.lora_alpha
-    return fastpeft.LoRA(
-        r=recipe.r,
-        lora_alpha=int(alpha) if float(alpha).is_integer() else alpha,
-        lora_dropout=recipe.lora_dropout,
-        target_modules=recipe.target_modules,
-        use_rslora=recipe.use_rslora,
-        task_type="CAUSAL_LM",
-        base_model_name_or_path=recipe.model,
-    )
-
-
 def texts(recipe: Recipe, tokenizer: PreTrainedTokenizerBase) -> tuple[Tensor, Tensor]:
     """Training blocks [B, seq_len] and held-out tokens [T] of a recipe."""
     data = [document for source in recipe.data for document in read(source)]
@@ -134,12 +107,13 @@ def open_run(
     import fastpeft
 
     run = Path(run)
-    for name in ("recipe.yaml", "adapter/adapter_config.json"):
-        if not (run / name).is_file():
+    # adapter_config.json of an adapter, config.json of a model trained as a whole
+    for pattern in ("recipe.yaml", "adapter/*config.json"):
+        if not any(run.glob(pattern)):
             raise refuse(
                 ConfigError,
                 "run",
-                f"{run} without {name}",
+                f"{run} without {pattern}",
                 "the folder of a finished run",
                 "Correct the path, or finish it with: fastpeft train --resume --output PATH",
             )

@@ -6,6 +6,7 @@ import dataclasses
 import math
 import types
 import typing
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from difflib import get_close_matches
 from pathlib import Path
@@ -16,7 +17,20 @@ import yaml
 from ..errors import ConfigError, refuse
 
 FORMATS = ("nf4", "int8", "none")
-METHODS = ("lora",)
+# What each method starts with where the recipe names no rate. Fewer parameters, or such far from
+# the logits, want a higher one; every weight of the model a low one.
+LEARNING_RATES = {
+    "lora": 2e-4,
+    "prefix": 1e-2,
+    "prompt": 1e-2,
+    "ia3": 5e-3,
+    "bottleneck": 5e-4,
+    "full": 2e-5,
+}
+METHODS = tuple(LEARNING_RATES)
+BOTTLENECKS = ("pfeiffer", "houlsby", "parallel", "between_attention_and_ffn")
+PREFIX_STARTS = ("text", "vocabulary", "normal", "zero")
+OPTIMIZERS = ("adamw", "adamw_8bit")
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 SCHEDULERS = ("constant", "constant_with_warmup", "linear", "cosine")
 RECIPES = Path(__file__).parent / "recipes"
@@ -33,10 +47,18 @@ class Recipe:
         measure_dense: also measure the held-out loss before quantising, to see what that costs.
         format, blocksize, double_quant, threshold: the frozen base; "none" leaves it dense.
             threshold is int8's: 0 plain, > 0 LLM.int8(), null weight only.
-        method, r, lora_alpha, lora_dropout, target_modules, use_rslora: the adapter.
+        method: lora, prefix, prompt, ia3, bottleneck or full (every weight; needs format "none").
+        r, lora_alpha, lora_dropout, use_rslora: of lora.
+        target_modules: of lora (null: all-linear) and ia3 (null: the table of its model family).
+        num_virtual_tokens: of prefix and prompt.
+        projection, prefix_init: of prefix: whether an MLP makes it; from what it starts: the first
+            tokens of the training text, random tokens of the vocabulary, small noise or zeros.
+        bottleneck, reduction_factor: which kind, and hidden size / width; null: the kind's own.
+        optimizer, float32_master: of full; see fastpeft.Full.
         steps: optimizer steps; or tokens: as many steps as see that many, rounded up.
         batch_size, grad_accumulation, seq_len: a step sees the product of the three in tokens.
-        lr, lora_plus_ratio, weight_decay, warmup_steps, scheduler, max_grad_norm: of AdamW.
+        lr: null: the method's of LEARNING_RATES.
+        lora_plus_ratio, weight_decay, warmup_steps, scheduler, max_grad_norm: of AdamW.
         dtype: of activations and of what is not quantised; "auto": bfloat16 on CUDA, on the CPU
             whichever of float32 and bfloat16 multiplies faster there. A written recipe says which.
         device: "auto", "cpu" or "cuda".
@@ -56,14 +78,21 @@ class Recipe:
     r: int = 16
     lora_alpha: float = 32
     lora_dropout: float = 0.0
-    target_modules: str | list[str] = "all-linear"
+    target_modules: str | list[str] | None = None
     use_rslora: bool = False
+    num_virtual_tokens: int = 16
+    projection: bool = False
+    prefix_init: str = "text"
+    bottleneck: str = "pfeiffer"
+    reduction_factor: float | None = None
+    optimizer: str = "adamw"
+    float32_master: bool | None = None
     steps: int | None = None
     tokens: int | None = None
     batch_size: int = 1
     grad_accumulation: int = 1
     seq_len: int = 512
-    lr: float = 2e-4
+    lr: float | None = None
     lora_plus_ratio: float | None = None
     weight_decay: float = 0.0
     warmup_steps: int = 0
@@ -180,6 +209,35 @@ def _one_of(name: str, value: str, allowed: tuple[str, ...]) -> None:
         raise refuse(ConfigError, name, repr(value), " or ".join(allowed), "Choose one of these.")
 
 
+def _check_method(recipe: Recipe) -> None:
+    _one_of("method", recipe.method, METHODS)
+    _one_of("bottleneck", recipe.bottleneck, BOTTLENECKS)
+    _one_of("prefix_init", recipe.prefix_init, PREFIX_STARTS)
+    _one_of("optimizer", recipe.optimizer, OPTIMIZERS)
+    if recipe.method == "full" and recipe.format != "none":
+        raise refuse(
+            ConfigError,
+            "format",
+            f"{recipe.format!r} with method full",
+            "none, for a packed weight gets no gradient",
+            "Add --format none, or train a LoRA on it.",
+        )
+    for name, value, owner in (
+        ("optimizer", recipe.optimizer != "adamw", "full"),
+        ("float32_master", recipe.float32_master is not None, "full"),
+        ("lora_plus_ratio", recipe.lora_plus_ratio is not None, "lora"),
+        ("projection", recipe.projection, "prefix"),
+    ):
+        if value and recipe.method != owner:
+            raise refuse(
+                ConfigError,
+                name,
+                f"{getattr(recipe, name)!r} with method {recipe.method}",
+                f"method {owner}, which alone has it",
+                "Leave it out, or change the method.",
+            )
+
+
 def check(recipe: Recipe) -> None:
     """Refuses values that cannot work, before anything is loaded.
 
@@ -193,14 +251,15 @@ def check(recipe: Recipe) -> None:
     if not recipe.data:
         raise refuse(ConfigError, "data", "nothing", "a source of text", "Add --data FILE.")
     _one_of("format", recipe.format, FORMATS)
-    _one_of("method", recipe.method, METHODS)
+    _check_method(recipe)
     _one_of("dtype", recipe.dtype, DTYPES)
     _one_of("scheduler", recipe.scheduler, SCHEDULERS)
-    for name in ("r", "batch_size", "grad_accumulation"):
+    for name in ("r", "num_virtual_tokens", "batch_size", "grad_accumulation"):
         _between(name, getattr(recipe, name), 1)
     _between("seq_len", recipe.seq_len, 2)
-    for name in ("warmup_steps", "save_every", "weight_decay", "max_grad_norm", "lr"):
+    for name in ("warmup_steps", "save_every", "weight_decay", "max_grad_norm"):
         _between(name, getattr(recipe, name), 0)
+    _between("lr", recipe.lr if recipe.lr is not None else 0, 0)
     _between("lora_dropout", recipe.lora_dropout, 0, 0.999)
     if not recipe.heldout:
         _between("heldout_fraction", recipe.heldout_fraction, 0.001, 0.5)
@@ -232,12 +291,18 @@ def resolve(*layers: dict[str, Any]) -> Recipe:
         values.update({name: _coerce(name, value) for name, value in given.items()})
     recipe = Recipe(**values)
     check(recipe)
+    if recipe.lr is None:
+        recipe.lr = LEARNING_RATES[recipe.method]
+    if recipe.target_modules is None and recipe.method == "lora":
+        recipe.target_modules = "all-linear"
     if recipe.tokens is not None:
         recipe.steps, recipe.tokens = math.ceil(recipe.tokens / recipe.tokens_per_step), None
     return recipe
 
 
-def write_recipe(recipe: Recipe, path: Path) -> None:
-    """Writes every entry, so that the run can be repeated from this file alone."""
+def write_recipe(recipe: Recipe, path: Path, remarks: Iterable[str] = ()) -> None:
+    """Writes every entry, so that the run can be repeated from this file alone; remarks go before
+    them as comments."""
+    head = "".join(f"# {remark}\n" for remark in remarks)
     text = yaml.safe_dump(dataclasses.asdict(recipe), sort_keys=False, allow_unicode=True)
-    path.write_text(text, encoding="utf-8")
+    path.write_text(head + text, encoding="utf-8")

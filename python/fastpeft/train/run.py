@@ -20,16 +20,10 @@ from .base import pick_device, pick_dtype, quiet_libraries
 from .fit import fit
 from .folder import finish, prepare_output
 from .heldout import heldout_loss, windows
+from .memory import memory_bytes, reset_peak, resident_bytes
+from .method import adapter_config, adapter_file_bytes, optimizer_plan, plan_text
 from .metrics import MetricsLog
-from .model import (
-    ADAPTER,
-    adapter_config,
-    freeze,
-    load_dense,
-    memory_bytes,
-    open_run,
-    texts,
-)
+from .model import ADAPTER, freeze, load_dense, open_run, texts
 from .recipe import Recipe, write_recipe
 from .reporter import Reporter
 
@@ -92,6 +86,7 @@ def train(
     quiet_libraries()
     from transformers import set_seed
 
+    libraries = resident_bytes(device)
     reporter.phase("loading", 2)
     model, tokenizer = load_dense(recipe, device)
     reporter.advance()
@@ -103,21 +98,27 @@ def train(
         log.add("heldout_dense", 0, loss=loss, tokens=count)
     facts = freeze(model, recipe, device, _quantize_progress(reporter))
     set_seed(recipe.seed)
-    fastpeft.attach(model, adapter_config(recipe), name=ADAPTER)
+    config = adapter_config(recipe, blocks[0].tolist())
+    fastpeft.attach(model, config, name=ADAPTER)
     facts["trainable"] = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    facts |= (plan := optimizer_plan(model, config, recipe))
     # Not earlier: what is refused above leaves no folder that looks like a run.
-    write_recipe(recipe, output / "recipe.yaml")
+    write_recipe(recipe, output / "recipe.yaml", [plan_text(plan)])
     if not log.of("heldout"):
         with fastpeft.disabled(model):
             loss, count = measure_heldout(model, held, recipe.seq_len, reporter, "loss before")
         log.add("heldout", 0, loss=loss, tokens=count)
+    peak = memory_bytes(device)
+    reset_peak(device)
     fit(model, blocks, recipe, output, checkpoint, log, reporter)
+    facts["train_memory_bytes"] = memory_bytes(device) - libraries
     fastpeft.save_adapter(model, output / "adapter", name=ADAPTER)
+    facts["adapter_bytes"] = adapter_file_bytes(output / "adapter")
     loss, count = measure_heldout(model, held, recipe.seq_len, reporter, "loss after")
     log.add("heldout", recipe.steps or 1, loss=loss, tokens=count)
     reporter.close()
     facts |= {"device": _device_name(device), "seconds": time.perf_counter() - began}
-    summary = _summary(recipe, log, facts, memory_bytes(device))
+    summary = _summary(recipe, log, facts, max(peak, memory_bytes(device)))
     finish(recipe, output, log, summary)
     return summary
 
