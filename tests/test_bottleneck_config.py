@@ -91,5 +91,5 @@ def test_a_gate_needs_a_sequence():
 
 def test_merging_is_refused():
     model = models.shaken(models.build("llama"), Bottleneck())
-    with pytest.raises(StateError, match="no change of a weight"):
+    with pytest.raises(StateError, match="has no merge"):
         fastpeft.merge(model)

@@ -245,7 +245,7 @@ def test_refusals(tmp_path):
     model = build("llama")
     fastpeft.attach(model, Full())
     fastpeft.save_adapter(model, tmp_path)
-    with pytest.raises(StateError, match="method 'full', which is no change of a weight"):
+    with pytest.raises(StateError, match="method 'full', which has no merge"):
         fastpeft.merge(model)
     with pytest.raises(AdapterError, match="missing keys|It is another model's folder"):
         fastpeft.load_adapter(build("gpt2"), tmp_path)

@@ -8,6 +8,7 @@ from torch import nn
 
 from fastpeft.attach import activate, method_named, named, state_of, switch
 from fastpeft.errors import StateError, refuse
+from fastpeft.methods import METHODS
 from fastpeft.report import table
 
 
@@ -52,8 +53,8 @@ def merge(model: nn.Module, name: str | None = None, requantize: bool = False) -
             dequantised weight plus the adapter's product.
 
     Raises:
-        AdapterError: no such adapter; StateError: one is merged already, or its method is no change
-        of a weight.
+        AdapterError: no such adapter; StateError: one is merged already, or its method has no
+        merge.
     """
     state, name = named(model, name)
     if state.merged is not None:
@@ -66,11 +67,12 @@ def merge(model: nn.Module, name: str | None = None, requantize: bool = False) -
         )
     method = method_named(state, name)
     if method.merge is None or method.unmerge is None:
+        mergeable = [other.name for other in METHODS.values() if other.merge is not None]
         raise refuse(
             StateError,
             f"adapter '{name}'",
-            f"method '{method.name}', which is no change of a weight",
-            "one that is",
+            f"method '{method.name}', which has no merge",
+            f"one of a method that has: {', '.join(mergeable)}",
             "Keep it attached.",
         )
     switch(model, state, (name,))
