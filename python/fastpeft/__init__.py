@@ -40,6 +40,8 @@ _EXPORTS = {
     "disabled": "fastpeft.attach",
     "adapters": "fastpeft.attach",
     "adapter_ids": "fastpeft.mixing",
+    "swap": "fastpeft.swap",
+    "adapter_state": "fastpeft.swap",
     "merge": "fastpeft.merge",
     "unmerge": "fastpeft.merge",
     "summary": "fastpeft.report",

@@ -30,6 +30,7 @@ from fastpeft.files import (
     write_safetensors,
     write_text,
 )
+from fastpeft.methods.lora_method import written as lora_written
 from fastpeft.methods.method import METHODS, Files, Method, method_of_peft_type
 from fastpeft.patterns import find_targets
 from fastpeft.peft_format import Layout, peft_files
@@ -44,7 +45,8 @@ LAYOUTS: dict[str, Layout] = {
         start={"init_lora_weights": True},
         refused={"init_lora_weights": ("pissa", "olora", "corda", "loftq", "lora_ga")},
         written=lambda model, config: {
-            "fan_in_fan_out": any(is_conv1d(p.module) for p in find_targets(model, config))
+            "fan_in_fan_out": any(is_conv1d(p.module) for p in find_targets(model, config)),
+            **lora_written(config),
         },
         check=diagnose.check_lora_pairs,
     ),
@@ -91,7 +93,7 @@ def save_adapter(model: nn.Module, path: str | os.PathLike[str], name: str | Non
         return folder
     files, label = files_of(method), f"adapter '{name}'"
     raw = files.write_config(model, config, name)
-    values = _tensors(model, method, name)
+    values = tensors_of(model, name)
     tensors = {key: values[plain] for key, plain in files.keys(model, name, raw, ()).items()}
     _check(tensors, files, label)
     folder = make_folder(path)
@@ -135,7 +137,6 @@ def load_adapter(
     whole = _whole_model(model, folder)
     if whole is None:
         config, method = read_config(folder)
-        files, raw = files_of(method), read_json(folder, CONFIG_FILE)
         tensors = read_tensors(folder, method, allow_pickle_weights_only)
     else:
         method, config, tensors = whole
@@ -154,10 +155,12 @@ def load_adapter(
             f"It was made for {base!r}.",
         ) from error
     try:
-        wanted = _tensors(model, method, name)
         if whole is None:
-            wanted = _wanted(wanted, files.keys(model, name, raw, tensors), tensors, label)
-        diagnose.compare(wanted, tensors, label, getattr(config, "base_model_name_or_path", None))
+            wanted = file_targets(model, name, folder, tensors)
+        else:
+            wanted = tensors_of(model, name)
+            base = getattr(config, "base_model_name_or_path", None)
+            diagnose.compare(wanted, tensors, label, base)
         with torch.no_grad():
             for key, target in wanted.items():
                 target.copy_(tensors[key])
@@ -182,7 +185,7 @@ def files_of(method: Method) -> Files:
     if method.files is not None:
         return method.files
     layout = LAYOUTS.get(method.peft_type, Layout())
-    return peft_files(method, layout, lambda model, name: _tensors(model, method, name))
+    return peft_files(method, layout, tensors_of)
 
 
 def read_config(folder: Path) -> tuple[Any, Method]:
@@ -264,7 +267,27 @@ def _wanted(
     return wanted
 
 
-def _tensors(model: nn.Module, method: Method, name: str) -> dict[str, Tensor]:
+def file_targets(
+    model: nn.Module, name: str, folder: Path, tensors: Mapping[str, Tensor]
+) -> dict[str, Tensor]:
+    """{key in the folder's file: tensor of the attached adapter `name` that it belongs in}.
+
+    Raises:
+        AdapterError: the file has other names or shapes than the adapter.
+    """
+    state, name = named(model, name)
+    files, label = files_of(method_named(state, name)), f"adapter folder '{folder}'"
+    keys = files.keys(model, name, read_json(folder, CONFIG_FILE), tensors)
+    wanted = _wanted(tensors_of(model, name), keys, tensors, label)
+    base = getattr(state.adapters[name].config, "base_model_name_or_path", None)
+    diagnose.compare(wanted, tensors, label, base)
+    return wanted
+
+
+def tensors_of(model: nn.Module, name: str) -> dict[str, Tensor]:
+    """{plain name: tensor} of what a file of the attached adapter `name` holds."""
+    state, name = named(model, name)
+    method = method_named(state, name)
     own = (method.tensors or method.parameters)(model, name)
     return {**own, **copies.copy_parameters(model, name)}
 
