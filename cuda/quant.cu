@@ -99,25 +99,26 @@ __device__ __forceinline__ Vec<T, kElements> load_elements(const T* w, int64_t f
   return out;
 }
 
-// 8 elements of a block -> 4 bytes of codes.
-template <class T, bool kNf4>
+// 8 elements of a block -> 4 bytes of codes. Only a ragged last block divides, and may end inside.
+template <class T, bool kNf4, bool kRagged>
 __device__ __forceinline__ void store_codes(const Quantize4bitArgs& a, const Cell* lane_cells,
                                             const Vec<T, kElements>& w, int64_t first, int64_t end,
-                                            float bounded, bool is_ragged) {
+                                            float bounded) {
   constexpr float kZero = float(zero_code(kNf4 ? Format::kNf4 : Format::kFp4));
   const float inverse = __fdiv_rn(1.0f, bounded);
   uint32_t bytes = 0;
 #pragma unroll
   for (int i = 0; i < kElements; i += 2) {
     const float w0 = float(to_acc(w.v[i])), w1 = float(to_acc(w.v[i + 1]));
-    const float t0 = is_ragged ? __fdiv_rn(w0, bounded) : __fmul_rn(w0, inverse);
-    const float t1 = is_ragged ? __fdiv_rn(w1, bounded) : __fmul_rn(w1, inverse);
+    const float t0 = kRagged ? __fdiv_rn(w0, bounded) : __fmul_rn(w0, inverse);
+    const float t1 = kRagged ? __fdiv_rn(w1, bounded) : __fmul_rn(w1, inverse);
     const float c0 = code_of<kNf4>(t0, lane_cells, a.thresholds);
-    const float c1 = first + i + 1 < a.count ? code_of<kNf4>(t1, lane_cells, a.thresholds) : kZero;
+    const float c1 =
+        !kRagged || first + i + 1 < a.count ? code_of<kNf4>(t1, lane_cells, a.thresholds) : kZero;
     bytes |= (__float_as_uint(c0 * 16.0f + (c1 + 8388608.0f)) & 255u) << (4 * i);  // even one high
   }
   uint8_t* out = a.codes + first / 2;
-  if (first + kElements <= end)
+  if (!kRagged || first + kElements <= end)
     *reinterpret_cast<uint32_t*>(out) = bytes;
   else
     for (int i = 0; first + 2 * i < end; ++i) out[i] = uint8_t(bytes >> (8 * i));
@@ -166,7 +167,10 @@ __global__ void __launch_bounds__(kThreads, sizeof(T) == 8 ? 2 : kBlocksPerSm)
       const int64_t first = begin + lane_first + int64_t(pass) * group * kElements;
       if (first >= end) break;
       if (passes > 1) v = load(block, pass);
-      store_codes<T, kNf4>(a, lane_cells, v, first, end, bounded, is_ragged);
+      if (is_ragged)
+        store_codes<T, kNf4, true>(a, lane_cells, v, first, end, bounded);
+      else
+        store_codes<T, kNf4, false>(a, lane_cells, v, first, end, bounded);
     }
   }
 }
