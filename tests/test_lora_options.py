@@ -57,7 +57,7 @@ BAD_OPTIONS = [
     ({"lora_dropout": 1.0}, r"lora_dropout: got 1.0, expected a number in \[0, 1\)"),
     ({"lora_dropout": -0.1}, "lora_dropout: got -0.1"),
     ({"bias": "some"}, r"bias: got 'some', expected one of \('none', 'all', 'lora_only'\)"),
-    ({"init_lora_weights": "pissa"}, "init_lora_weights: got 'pissa'"),
+    ({"init_lora_weights": "corda"}, "init_lora_weights: got 'corda'"),
     ({"use_rslora": 1}, "use_rslora: got 1, expected True or False"),
     ({"rank_pattern": {"q_proj": 0}}, r"rank_pattern\['q_proj'\]: got 0"),
     ({"alpha_pattern": {"q_proj": -2}}, r"alpha_pattern\['q_proj'\]: got -2"),

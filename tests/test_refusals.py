@@ -232,7 +232,7 @@ def test_11_unknown_method(folder, kind):
 @pytest.mark.parametrize(
     ("key", "value"),
     [
-        ("use_dora", True),
+        ("use_qalora", True),
         ("alora_invocation_tokens", [1]),
         ("layer_replication", [[0, 2]]),
         ("new", 0),

@@ -4,7 +4,8 @@ from . import (
     adapter,  # registers "bottleneck"
     full,  # registers "full"
     ia3,  # registers "ia3"
-    lora,  # registers "lora"
+    lora,
+    lora_method,  # registers "lora"
     prefix,  # registers "prefix"
     prompt,  # registers "prompt"
 )
@@ -17,6 +18,7 @@ __all__ = [
     "full",
     "ia3",
     "lora",
+    "lora_method",
     "method_of",
     "prefix",
     "prompt",

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import difflib
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -20,25 +20,24 @@ from ..errors import AdapterError, ConfigError, StateError, refuse
 from ..functional import dense_weight
 from ..ops.autocast import autocast_input
 from ..ops.lora import LowRank
-from ..patterns import pattern_value
 from ..quant.frozen import QuantizedLinear
 from ..transposed import TransposedLinear
-from . import lora_merge
-from .layers import layer_method
+from . import lora_dora, lora_init, lora_merge
 from .lora_adapter import LoRAAdapter
 from .lora_config import LoRA, check_name
-from .method import register_method
 from .rows import Rows, low_rank_by_rows
 
 __all__ = ["LoRA", "LoRAAdapter", "LoRALinear"]
 
 
-def _base_linear(base: nn.Module, x: Tensor, lora: LowRank | None) -> Tensor:
+def _base_linear(
+    base: nn.Module, x: Tensor, lora: LowRank | None, with_bias: bool = True
+) -> Tensor:
     """base(x), plus the low-rank branch."""
     if isinstance(base, QuantizedLinear):
-        return base.linear(x, lora)
+        return base.linear(x, lora, with_bias)
     x = autocast_input(x)
-    weight, bias = base.weight, base.bias
+    weight, bias = base.weight, base.bias if with_bias else None
     if lora is None or weight.requires_grad:
         y = F.linear(x, weight.to(x.dtype), None if bias is None else bias.to(x.dtype))
         return y if lora is None else y + ops.lora.low_rank(x, lora)
@@ -67,10 +66,12 @@ class LoRALinear(nn.Module):
     """
 
     fastpeft_wraps = "base_layer"
+    _bases: ClassVar[tuple[type, ...]] = (nn.Linear, TransposedLinear, QuantizedLinear)
+    _adapter_class: ClassVar[type[nn.Module]] = LoRAAdapter
 
     def __init__(self, base_layer: nn.Module) -> None:
         super().__init__()
-        if not isinstance(base_layer, (nn.Linear, TransposedLinear, QuantizedLinear)):
+        if not isinstance(base_layer, self._bases):
             raise refuse(
                 ConfigError,
                 "base_layer",
@@ -87,6 +88,7 @@ class LoRALinear(nn.Module):
         # state_dict.
         self._kept: tuple[nn.Module, ...] = ()
         self.train(base_layer.training)
+        self.register_load_state_dict_post_hook(_weights_loaded)
 
     @classmethod
     def from_linear(
@@ -100,6 +102,7 @@ class LoRALinear(nn.Module):
         lora_bias: bool = False,
         dtype: torch.dtype = torch.float32,
         name: str = "default",
+        use_dora: bool = False,
     ) -> LoRALinear:
         """The layer with one active adapter. `linear` becomes the base and is frozen; errors as
         `add_adapter`.
@@ -107,7 +110,15 @@ class LoRALinear(nn.Module):
         layer = cls.__new__(cls)
         LoRALinear.__init__(layer, linear)
         layer.add_adapter(
-            name, r, lora_alpha, lora_dropout, use_rslora, init_lora_weights, lora_bias, dtype
+            name,
+            r,
+            lora_alpha,
+            lora_dropout,
+            use_rslora,
+            init_lora_weights,
+            lora_bias,
+            dtype,
+            use_dora,
         )
         layer.set_active((name,))
         return layer
@@ -174,6 +185,7 @@ class LoRALinear(nn.Module):
         init_lora_weights: bool | str = True,
         lora_bias: bool = False,
         dtype: torch.dtype = torch.float32,
+        use_dora: bool = False,
     ) -> LoRAAdapter:
         """Adds an adapter on the base's device; it is not active yet.
 
@@ -194,7 +206,7 @@ class LoRALinear(nn.Module):
             )
         base = self.base_layer
         device = (base.codes if isinstance(base, QuantizedLinear) else base.weight).device
-        adapter = LoRAAdapter(
+        adapter = self._adapter_class(
             self.in_features,
             self.out_features,
             r,
@@ -205,7 +217,11 @@ class LoRALinear(nn.Module):
             lora_bias,
             dtype,
             device,
+            use_dora,
         )
+        lora_init.start_from_weight(adapter, base, init_lora_weights)
+        if use_dora:
+            lora_dora.start_magnitude(adapter, base)
         self.adapters[name] = adapter.train(self.training)
         return adapter
 
@@ -272,17 +288,25 @@ class LoRALinear(nn.Module):
             return low_rank_by_rows(self, x, self.rows, lambda x, lora: _base_linear(base, x, lora))
         if self._merged or not self._active:
             return _base_linear(children["base_layer"], x, None)
-        adapters = children["adapters"]._modules
+        base, modules = children["base_layer"], children["adapters"]._modules
+        adapters = [modules[name] for name in self._active]
+        # DoRA scales all but the bias: then it comes last.
+        late_bias = base.bias if any(adapter.use_dora for adapter in adapters) else None
         y = None
-        for name in self._active:
-            adapter = adapters[name]
+        for adapter in adapters:
+            lora = adapter.low_rank()
             if y is None:
-                y = _base_linear(children["base_layer"], x, adapter.low_rank())
+                y = _base_linear(base, x, lora, late_bias is None)
             else:
-                y = y + ops.lora.low_rank(autocast_input(x), adapter.low_rank())
+                y = y + ops.lora.low_rank(autocast_input(x), lora)
             if adapter.lora_bias:
                 y = y + (adapter.lora_B.bias * adapter.scaling).to(y.dtype)
-        return y
+            if adapter.use_dora:
+                bias = late_bias if adapter is adapters[-1] else None
+                y = lora_dora.rescale(y, adapter, base, lora, bias)
+        if late_bias is None or adapters[-1].use_dora:
+            return y
+        return y + late_bias.to(y.dtype)
 
     def merge(
         self,
@@ -339,25 +363,40 @@ class LoRALinear(nn.Module):
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> LoRALinear:
         for base in self._kept:
             base._apply(fn, recurse)
-        return super()._apply(fn, recurse)
+        scaled = [adapter for adapter in self.adapters.values() if adapter.use_dora]
+        before = [adapter.weight_sq.dtype for adapter in scaled]
+        super()._apply(fn, recurse)
+        for adapter, dtype in zip(scaled, before, strict=True):
+            if adapter.weight_sq.dtype != dtype:
+                lora_dora.remember_norms(adapter, (*self._kept, self.base_layer)[0])
+        return self
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        old = self.__dict__.get("_modules", {}).get("base_layer") if name == "base_layer" else None
+        super().__setattr__(name, value)
+        if old is not None and not self._merged:
+            self._base_replaced(old)
+
+    def _base_replaced(self, old: nn.Module) -> None:
+        """Another base took the old one's place, most often because it was quantised."""
+        base = self.base_layer
+        for adapter in self.adapters.values():
+            if (
+                adapter.is_loftq
+                and isinstance(base, QuantizedLinear)
+                and not isinstance(old, QuantizedLinear)
+            ):
+                lora_init.compensate(adapter, old, base)
+            if adapter.use_dora:
+                lora_dora.remember_norms(adapter, base)
 
     def extra_repr(self) -> str:
         """Active and merged adapters."""
         return f"active={list(self._active)}, merged={list(self._merged)}"
 
 
-def _add(layer: nn.Module, config: LoRA, name: str, module_name: str) -> LoRALinear:
-    wrapped = layer if isinstance(layer, LoRALinear) else LoRALinear(layer)
-    wrapped.add_adapter(
-        name,
-        pattern_value(config.rank_pattern, module_name, config.r),
-        pattern_value(config.alpha_pattern, module_name, config.lora_alpha),
-        config.lora_dropout,
-        config.use_rslora,
-        config.init_lora_weights,
-        config.lora_bias,
-    )
-    return wrapped
-
-
-register_method(layer_method("lora", LoRA, "LORA", wrapper=LoRALinear, add=_add, mergeable=True))
+def _weights_loaded(layer: LoRALinear, incompatible_keys: Any) -> None:
+    """After load_state_dict: what is remembered of the base's weight is of the one before."""
+    for adapter in layer.adapters.values():
+        if adapter.use_dora:
+            lora_dora.remember_norms(adapter, (*layer._kept, layer.base_layer)[0])

@@ -8,9 +8,8 @@ import warnings
 import torch
 from torch import Tensor, nn
 
-from ..errors import ConfigError, refuse
 from ..ops.lora import LowRank
-from .lora_config import INIT_MODES, check_rank, check_scale
+from .lora_config import check_dora, check_rank, check_scale
 
 
 class LoRAAdapter(nn.Module):
@@ -25,14 +24,19 @@ class LoRAAdapter(nn.Module):
         use_rslora: rank-stabilised scaling (Kalajdzievski 2023).
         init_lora_weights: True: A Kaiming-uniform (a = sqrt 5), B zero; "gaussian": A normal of
             deviation 1 / r, B zero; False: A and B both random, so that the adapter does something
-            from the start.
+            from the start. The modes of lora_init.py start like True until the layer adds its
+            weight's part.
         lora_bias: give B a bias [N].
         dtype: of A and B; float32 unless memory is very short.
         device: as for nn.Linear.
+        use_dora: scale the rows of W + scaling * B A to learned lengths.
 
     Attributes:
         lora_A: nn.Linear, weight [r, in_features].
         lora_B: nn.Linear, weight [out_features, r].
+        lora_magnitude_vector: Parameter [out_features], with use_dora, once it is on a layer.
+        anchor_A, anchor_B: buffers [r, in_features], [out_features, r] or None: the frozen part
+            of PiSSA and OLoRA, with its sign.
 
     Raises:
         ConfigError: rank, alpha, dropout or init mode that cannot work.
@@ -50,10 +54,12 @@ class LoRAAdapter(nn.Module):
         lora_bias: bool = False,
         dtype: torch.dtype = torch.float32,
         device: torch.device | str | None = None,
+        use_dora: bool = False,
     ) -> None:
         super().__init__()
         check_rank(r)
         check_scale(lora_alpha, lora_dropout, init_lora_weights)
+        check_dora(use_dora, lora_bias)
         if r > min(in_features, out_features):
             warnings.warn(
                 f"r: got {r}, expected at most min(in, out) = {min(in_features, out_features)}. "
@@ -62,10 +68,13 @@ class LoRAAdapter(nn.Module):
             )
         self.r, self.lora_alpha, self.use_rslora = r, lora_alpha, use_rslora
         self.lora_dropout, self.lora_bias = float(lora_dropout), lora_bias
+        self.use_dora, self.is_loftq = use_dora, init_lora_weights == "loftq"
         device = torch.empty(0).device if device is None else device  # skip_init takes no None
         skip = nn.utils.skip_init
         self.lora_A = skip(nn.Linear, in_features, r, bias=False, device=device, dtype=dtype)
         self.lora_B = skip(nn.Linear, r, out_features, bias=lora_bias, device=device, dtype=dtype)
+        self.register_buffer("anchor_A", None)
+        self.register_buffer("anchor_B", None)
         self.reset_parameters(init_lora_weights)
 
     @property
@@ -75,14 +84,7 @@ class LoRAAdapter(nn.Module):
 
     def reset_parameters(self, init_lora_weights: bool | str = True) -> None:
         """Draws A (and B) anew, see the class."""
-        if init_lora_weights not in INIT_MODES:
-            raise refuse(
-                ConfigError,
-                "init_lora_weights",
-                repr(init_lora_weights),
-                f"one of {INIT_MODES}",
-                "",
-            )
+        check_scale(self.lora_alpha, self.lora_dropout, init_lora_weights)
         if init_lora_weights == "gaussian":
             nn.init.normal_(self.lora_A.weight, std=1 / self.r)
         else:
@@ -97,20 +99,27 @@ class LoRAAdapter(nn.Module):
     def low_rank(self) -> LowRank:
         """The factors as the operators take them; dropout only while training."""
         dropout_p = self.lora_dropout if self.training else 0.0
-        return LowRank(self.lora_A.weight, self.lora_B.weight, self.scaling, dropout_p)
+        return LowRank(*self.factors(), self.scaling, dropout_p)
+
+    def factors(self) -> tuple[Tensor, Tensor]:
+        """A [R, K], B [N, R] as they are computed with; R is 2 r with an anchor."""
+        A, B = self.lora_A.weight, self.lora_B.weight
+        if self.anchor_A is None:
+            return A, B
+        return torch.cat([A, self.anchor_A]), torch.cat([B, self.anchor_B], 1)
 
     def delta(self) -> Tensor:
         """scaling * B A, [N, K], float32 (float64 for float64 factors): what merging adds to the
-        weight.
+        weight, before DoRA's scaling.
         """
-        wide = torch.promote_types(self.lora_A.weight.dtype, torch.float32)
-        product = self.lora_B.weight.detach().to(wide) @ self.lora_A.weight.detach().to(wide)
-        return product * self.scaling
+        A, B = (factor.detach() for factor in self.factors())
+        wide = torch.promote_types(A.dtype, torch.float32)
+        return B.to(wide) @ A.to(wide) * self.scaling
 
     def extra_repr(self) -> str:
         """Rank, alpha, dropout and bytes."""
         nbytes = sum(p.numel() * p.element_size() for p in self.parameters())
         return (
             f"r={self.r}, lora_alpha={self.lora_alpha}, lora_dropout={self.lora_dropout}, "
-            f"use_rslora={self.use_rslora}, bytes={nbytes}"
+            f"use_rslora={self.use_rslora}, use_dora={self.use_dora}, bytes={nbytes}"
         )

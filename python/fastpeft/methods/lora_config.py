@@ -9,8 +9,9 @@ from typing import Any
 from torch import nn
 
 from ..errors import AdapterError, ConfigError, refuse
+from .lora_init import is_mode
 
-INIT_MODES = (True, False, "gaussian")
+INIT_MODES = (True, False, "gaussian", "pissa", "pissa_niter_<n>", "olora", "loftq")
 BIAS_MODES = ("none", "all", "lora_only")
 
 
@@ -36,13 +37,29 @@ def check_scale(lora_alpha: object, lora_dropout: object, init_lora_weights: obj
         raise refuse(
             ConfigError, "lora_dropout", repr(lora_dropout), "a number in [0, 1)", "0.05 is usual."
         )
-    if not any(init_lora_weights is mode or init_lora_weights == mode for mode in INIT_MODES):
+    if init_lora_weights not in INIT_MODES[:3] and not is_mode(init_lora_weights):
         raise refuse(
             ConfigError,
             "init_lora_weights",
             repr(init_lora_weights),
             f"one of {INIT_MODES}",
             "True starts with the base's output.",
+        )
+
+
+def check_dora(use_dora: bool, lora_bias: bool) -> None:
+    """Refuses DoRA with a bias in B: a direction has none.
+
+    Raises:
+        ConfigError: see above.
+    """
+    if use_dora and lora_bias:
+        raise refuse(
+            ConfigError,
+            "lora_bias",
+            "True with use_dora=True",
+            "one of the two",
+            "DoRA scales the rows of a weight; peft refuses this pair too.",
         )
 
 
@@ -94,7 +111,9 @@ class LoRA:
             and value projections of known model families.
         lora_dropout: in [0, 1), on the input of the low-rank branch.
         use_rslora: rank-stabilised scaling.
-        init_lora_weights: True, "gaussian" or False, see LoRAAdapter.
+        use_dora: a learned magnitude per output feature, see lora_dora.py.
+        init_lora_weights: True, "gaussian" or False, see LoRAAdapter; "pissa", "pissa_niter_<n>",
+            "olora", "loftq", see lora_init.py.
         bias: which biases train: "none", "all" of the model, or "lora_only" those of the wrapped
             layers.
         rank_pattern, alpha_pattern: {name or regular expression: value} that override r and
@@ -115,6 +134,7 @@ class LoRA:
     target_modules: Sequence[str] | str | None = None
     lora_dropout: float = 0.0
     use_rslora: bool = False
+    use_dora: bool = False
     init_lora_weights: bool | str = True
     bias: str = "none"
     rank_pattern: Mapping[str, int] = field(default_factory=dict)
@@ -134,11 +154,12 @@ class LoRA:
             raise refuse(
                 ConfigError, "bias", repr(self.bias), f"one of {BIAS_MODES}", "'none' is usual."
             )
-        for flag in ("use_rslora", "lora_bias"):
+        for flag in ("use_rslora", "use_dora", "lora_bias"):
             if not isinstance(getattr(self, flag), bool):
                 raise refuse(
                     ConfigError, flag, repr(getattr(self, flag)), "True or False", "Pass a bool."
                 )
+        check_dora(self.use_dora, self.lora_bias)
         _check_pattern("rank_pattern", self.rank_pattern, check_rank)
         _check_pattern("alpha_pattern", self.alpha_pattern, _check_alpha)
         for name in ("target_modules", "exclude_modules", "layers_pattern", "modules_to_save"):

@@ -14,6 +14,7 @@ from ..quant.frozen import QuantizedLinear
 from ..quant.linear import Linear4bit, Linear8bit
 from ..quant.tensor import quantize_tensor
 from ..transposed import TransposedLinear
+from .lora_dora import gain, weight_of
 
 if TYPE_CHECKING:
     from .lora_adapter import LoRAAdapter
@@ -32,10 +33,10 @@ def merged_layer(
     dtype: torch.dtype | None,
 ) -> tuple[nn.Module, float]:
     """A new layer of weight W + sum of scaling * B A and bias + sum of scaling * B.bias; the base
-    is left alone.
+    is left alone. DoRA scales the rows of what was summed before it, as in the forward pass.
 
     Args:
-        base: nn.Linear, TransposedLinear, Linear4bit or Linear8bit.
+        base: nn.Linear, TransposedLinear, nn.Embedding, Linear4bit or Linear8bit.
         adapters: what to add.
         requantize: give a layer of the base's own format instead of nn.Linear.
         dtype: of the merged weight, default the base's.
@@ -56,10 +57,14 @@ def merged_layer(
     if dtype is None:
         dtype = base.weight_dtype if quantized else base.weight.dtype
     wide = torch.promote_types(dtype, torch.float32)
-    exact = base.dequantize(wide) if quantized else base.weight.detach().to(wide, copy=True)
-    bias = None if base.bias is None else base.bias.detach().clone()
+    exact = base.dequantize(wide) if quantized else weight_of(base).detach().to(wide, copy=True)
+    own = getattr(base, "bias", None)
+    bias = None if own is None else own.detach().clone()
     for adapter in adapters:
         exact += adapter.delta().to(wide)
+        if adapter.use_dora:
+            g = gain(adapter, base, adapter.low_rank(), wide).detach()
+            exact *= g.to(wide)[:, None]
         if adapter.lora_bias:
             extra = adapter.lora_B.bias.detach() * adapter.scaling
             bias = extra.to(dtype) if bias is None else (bias + extra).to(bias.dtype)
@@ -72,6 +77,8 @@ def merged_layer(
 
 def _dense(base: nn.Module, weight: Tensor, bias: Tensor | None) -> nn.Module:
     """A dense layer of weight [N, K]; a dense base lends its class, hooks and name."""
+    if isinstance(base, nn.Embedding):
+        return _with_parameters(base, weight.t().contiguous(), None)
     if isinstance(base, TransposedLinear):
         conv = _with_parameters(base.conv, weight.t().contiguous(), bias)
         return TransposedLinear(conv)

@@ -14,7 +14,8 @@ class QLoRALinear(LoRALinear):
 
     Args:
         in_features, out_features, bias, device, dtype: as for nn.Linear.
-        r, lora_alpha, lora_dropout, use_rslora, init_lora_weights, lora_bias: see LoRAAdapter.
+        r, lora_alpha, lora_dropout, use_rslora, init_lora_weights, lora_bias, use_dora: see
+            LoRAAdapter.
         format: "nf4" or "int8" ("fp4": zeros until a checkpoint is loaded).
         blocksize, double_quant: see Linear4bit.
         threshold: see Linear8bit.
@@ -44,6 +45,7 @@ class QLoRALinear(LoRALinear):
         dtype: torch.dtype | None = None,
         lora_dtype: torch.dtype = torch.float32,
         name: str = "default",
+        use_dora: bool = False,
     ) -> None:
         base: nn.Module
         if format == "int8":
@@ -54,7 +56,15 @@ class QLoRALinear(LoRALinear):
             )
         super().__init__(base)
         self.add_adapter(
-            name, r, lora_alpha, lora_dropout, use_rslora, init_lora_weights, lora_bias, lora_dtype
+            name,
+            r,
+            lora_alpha,
+            lora_dropout,
+            use_rslora,
+            init_lora_weights,
+            lora_bias,
+            lora_dtype,
+            use_dora,
         )
         self.set_active((name,))
 
@@ -74,6 +84,7 @@ class QLoRALinear(LoRALinear):
         blocksize: int = 64,
         double_quant: bool = True,
         threshold: float | None = 6.0,
+        use_dora: bool = False,
     ) -> QLoRALinear:
         """Quantises an nn.Linear (which stays as it is) and adds one active adapter; dtype is that
         of A and B.
@@ -97,4 +108,5 @@ class QLoRALinear(LoRALinear):
             lora_bias,
             dtype,
             name,
+            use_dora,
         )

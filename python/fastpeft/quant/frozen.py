@@ -86,12 +86,13 @@ class QuantizedLinear(nn.Module):
         """
         return self.quantized.dequantize(dtype)
 
-    def linear(self, x: Tensor, lora: LowRank | None = None) -> Tensor:
+    def linear(self, x: Tensor, lora: LowRank | None = None, with_bias: bool = True) -> Tensor:
         """y = x W^T + bias, plus the low-rank branch in the same pass.
 
         Args:
             x: [..., in_features], floating point.
             lora: the adapter, or None.
+            with_bias: False leaves the bias out.
 
         Returns:
             [..., out_features] in x's dtype, under autocast in the autocast dtype.
@@ -108,7 +109,8 @@ class QuantizedLinear(nn.Module):
             self.in_features,
             self._threshold(),
         )
-        return ops.qlinear.qlinear(autocast_input(x), w, self._parameters["bias"], lora)
+        bias = self._parameters["bias"] if with_bias else None
+        return ops.qlinear.qlinear(autocast_input(x), w, bias, lora)
 
     def forward(self, x: Tensor) -> Tensor:
         """[..., in_features] -> [..., out_features]."""
