@@ -8,7 +8,7 @@
 // Lookup: byte -> pair of 16-bit values in shared memory, a copy a lane, entry e at e * 256 + 4
 // lane, so that the address is one byte permute and banks never collide. The 128-byte holes between
 // entries hold the warps' partial sums, added at the end in order of warps: no atomics, same bits
-// on every run. bf16 codes are stored times 1.43675: that halves the rounding error of the codebook
+// on every run. bf16 codes are stored times 1.43675: that lowers the rounding error of the codebook
 // (0.143 % -> 0.085 % rms relative), and the scales carry the inverse.
 #pragma once
 #include "check.cuh"

@@ -15,8 +15,9 @@
 //     a warp: for its k strips: x fragment once, then up to 4 (16 tokens: 2) row strips
 //
 // Bound: reading the codes once, 0.516 bytes a weight. Lookups cost 16 LDS + 16 PRMT per 1024
-// weights a warp: at most 64 weights a clock and SM against 34 that memory delivers; the kernel is
-// bound by instruction issue (README.md).
+// weights a warp: at most 64 weights a clock and SM against 34 that memory delivers. What it waits
+// for are instructions and their latency (46 % of issue slots, 38 % of DRAM at 14336x4096, M = 1;
+// README.md).
 #include "qlinear_skinny.cuh"
 
 namespace fastpeft::cuda {

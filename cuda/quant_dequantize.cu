@@ -38,7 +38,7 @@ namespace {
 constexpr int kThreads = 256;
 constexpr int resident_blocks(int strips) {
   return strips == 4 ? 5 : 6;
-}                                             // what registers allow
+}  // what registers allow
 constexpr int64_t kResidentBytes = 24 << 20;  // outputs up to here are left to stay in L2
 
 struct DequantizeArgs {
