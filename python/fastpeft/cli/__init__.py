@@ -13,7 +13,16 @@ import typer
 
 from .errors import report
 
-COMMANDS = ("train", "evaluate", "generate", "inspect", "doctor", "plan", "bench")
+COMMANDS = (
+    "train",
+    "evaluate",
+    "generate",
+    "compare",
+    "inspect",
+    "doctor",
+    "plan",
+    "bench",
+)
 
 app = typer.Typer(
     name="fastpeft",

@@ -61,3 +61,46 @@ def draw(rows: list[dict[str, Any]], path: Path, title: str) -> None:
     axes.grid(alpha=0.3)
     axes.legend()
     figure.savefig(path, dpi=130)
+
+
+def draw_comparison(rows: list[dict[str, Any]], path: Path, title: str) -> None:
+    """Held-out loss after training against trainable parameters, a point a method; what trains
+    nothing is a horizontal line.
+
+    Args:
+        rows: of `fastpeft.train.compare.compare`.
+        path: of the PNG.
+        title: printed above.
+    """
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(8, 5), layout="constrained")
+    FigureCanvasAgg(figure)
+    axes = figure.add_subplot()
+    dense = [row["loss_before"] for row in rows if row["format"] == "none" or not row["trainable"]]
+    if dense:
+        axes.axhline(dense[0], color="black", label=f"dense base: {dense[0]:.3f}")
+    still = [row for row in rows if not row["trainable"]]
+    for row, style in zip(still, (":", "--", "-.") * len(still), strict=False):
+        label = f"{row['name']}, quantised only: {row['loss_after']:.3f}"
+        axes.axhline(row["loss_after"], color="tab:red", linestyle=style, label=label)
+    colors = {"none": "tab:blue", "nf4": "tab:red", "int8": "tab:orange"}
+    for kind, color in colors.items():
+        points = [row for row in rows if row["trainable"] and row["format"] == kind]
+        if points:
+            label = "trained on " + ("the dense base" if kind == "none" else kind)
+            x, y = [r["trainable"] for r in points], [r["loss_after"] for r in points]
+            axes.plot(x, y, "o", color=color, label=label)
+        for row in points:
+            place = (row["trainable"], row["loss_after"])
+            axes.annotate(row["name"], place, (5, 4), textcoords="offset points", fontsize=8)
+    if any(row["trainable"] for row in rows):
+        axes.set_xscale("log")
+    axes.margins(x=0.12, y=0.1)
+    axes.set_xlabel("trainable parameters")
+    axes.set_ylabel("held-out cross entropy after, nats per token")
+    axes.set_title(title)
+    axes.grid(alpha=0.3)
+    axes.legend(fontsize=8)
+    figure.savefig(path, dpi=110)

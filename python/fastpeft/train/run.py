@@ -123,6 +123,49 @@ def train(
     return summary
 
 
+def measure_base(
+    recipe: Recipe, output: str | Path, reporter: Reporter | None = None
+) -> dict[str, Any]:
+    """What quantising alone costs: no adapter, no training.
+
+    Args:
+        recipe: checked; its method and steps do not matter.
+        output: existing folder, gets metrics.jsonl.
+        reporter: receives progress.
+
+    Returns:
+        The entries of a run's summary that make sense; loss_before is the dense base's.
+    """
+    reporter = reporter or Reporter()
+    began = time.perf_counter()
+    device = pick_device(recipe.device)
+    recipe.dtype = str(pick_dtype(recipe.dtype, device)).removeprefix("torch.")
+    quiet_libraries()
+    libraries = resident_bytes(device)
+    model, tokenizer = load_dense(recipe, device)
+    _, held = texts(recipe, tokenizer)
+    log = MetricsLog(Path(output) / "metrics.jsonl")
+    before, count = measure_heldout(model, held, recipe.seq_len, reporter, "loss of dense base")
+    log.add("heldout_dense", 0, loss=before, tokens=count)
+    facts = freeze(model, recipe, device, _quantize_progress(reporter))
+    reset_peak(device)
+    after, count = measure_heldout(model, held, recipe.seq_len, reporter, "loss after")
+    log.add("heldout", 0, loss=after, tokens=count)
+    reporter.close()
+    return {
+        "dtype": recipe.dtype,
+        "device": _device_name(device),
+        "loss_before": before,
+        "loss_after": after,
+        "heldout_tokens": count,
+        **facts,
+        "trainable": 0,
+        "adapter_bytes": 0,
+        "train_memory_bytes": memory_bytes(device) - libraries,
+        "seconds": time.perf_counter() - began,
+    }
+
+
 def _device_name(device: torch.device) -> str:
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
