@@ -7,7 +7,8 @@ from collections import deque
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 
 from fastpeft.attach import state_of
 from fastpeft.copies import TrainedCopy
@@ -34,6 +35,20 @@ _HOOKS = (
 )
 
 
+@dataclass(frozen=True)
+class LayerError:
+    """What quantising did to the weight W [N, K] of a layer.
+
+    relative: |stored - W| / |W|, Frobenius norms in float32. largest: max |stored - W|.
+    bytes_before, bytes_after: of the weight with its scales.
+    """
+
+    relative: float
+    largest: float
+    bytes_before: int
+    bytes_after: int
+
+
 @dataclass
 class QuantizeReport:
     """What `quantize` did.
@@ -42,6 +57,7 @@ class QuantizeReport:
     converted: plain names of the layers that are quantised now.
     skipped: {plain name of a module or parameter with a matrix: why it was left dense}.
     bytes_before, bytes_after: of all parameters and buffers, shared memory counted once.
+    errors: {plain name: LayerError} of the converted layers, if `measure` was asked.
     """
 
     format: str
@@ -49,6 +65,7 @@ class QuantizeReport:
     skipped: dict[str, str] = field(default_factory=dict)
     bytes_before: int = 0
     bytes_after: int = 0
+    errors: dict[str, LayerError] = field(default_factory=dict)
 
     def __str__(self) -> str:
         rows = [
@@ -67,6 +84,7 @@ def quantize(
     threshold: float | None = 6.0,
     skip: Iterable[str] = ("lm_head",),
     progress: bool | Callable[[int, int, str], None] = False,
+    measure: bool = False,
 ) -> QuantizeReport:
     """Quantise every linear layer of `model` (nn.Linear, transformers' Conv1D) in place, with or
     without adapters on it.
@@ -85,6 +103,7 @@ def quantize(
         skip: names, or parts of names between dots, of modules to leave dense with all that is in
             them.
         progress: True shows a bar on stderr; or a function of (done, total, name).
+        measure: fill `errors` of the report; costs one dequantised layer at a time.
 
     Raises:
         ConfigError: unknown format or one that can only be read; StateError: the model is
@@ -100,18 +119,21 @@ def quantize(
         )
     _refuse_state(model)
     report = QuantizeReport(format, bytes_before=tensor_bytes(model))
-    work = _plan(model, tuple(skip), report)
+    work = choose(model, tuple(skip), report)
+    _refuse_meta(work)
     total, show = len(work), _progress(progress)
     while work:
-        name = _convert(work, format, blocksize, double_quant, threshold)
+        name, error = _convert(work, format, blocksize, double_quant, threshold, measure)
         report.converted.append(name)
+        if error is not None:
+            report.errors[name] = error
         show(len(report.converted), total, name)
     report.bytes_after = tensor_bytes(model)
     return report
 
 
-def _plan(model: nn.Module, skip: tuple[str, ...], report: QuantizeReport) -> deque[Place]:
-    """The layers to convert; the report learns what is left and why."""
+def choose(model: nn.Module, skip: tuple[str, ...], report: QuantizeReport) -> deque[Place]:
+    """The layers to convert; the report learns what is left and why. `model` may be on meta."""
     work: deque[Place] = deque()
     owners = _owners(model)
     kept = set(getattr(model, "_keep_in_fp32_modules", None) or ())  # of a transformers model
@@ -123,14 +145,18 @@ def _plan(model: nn.Module, skip: tuple[str, ...], report: QuantizeReport) -> de
             work.append(place)
         else:
             report.skipped[place.name] = why
-    _refuse_meta(work)
     _note_others(model, report)
     return work
 
 
 def _convert(
-    work: deque[Place], format: str, blocksize: int, double_quant: bool, threshold: float | None
-) -> str:
+    work: deque[Place],
+    format: str,
+    blocksize: int,
+    double_quant: bool,
+    threshold: float | None,
+    measure: bool,
+) -> tuple[str, LayerError | None]:
     """Convert the first place of `work`, which leaves it: nothing holds the dense weight then."""
     place = work.popleft()
     module = place.module
@@ -145,7 +171,20 @@ def _convert(
     for hooks in _HOOKS:
         getattr(new, hooks).update(getattr(module, hooks))
     place.put(new)
-    return place.name
+    return place.name, layer_error(dense.weight.detach(), new) if measure else None
+
+
+def layer_error(weight: Tensor, layer: Linear4bit | Linear8bit) -> LayerError:
+    """How far the weight [N, K] that `layer` computes with is from `weight`."""
+    exact = weight.float()
+    difference = layer.dequantize(torch.float32).sub_(exact)
+    norm = float(exact.norm())
+    return LayerError(
+        relative=float(difference.norm()) / norm if norm else 0.0,
+        largest=float(difference.abs().max()),
+        bytes_before=weight.nbytes,
+        bytes_after=layer.nbytes,
+    )
 
 
 def _as_linear(module: nn.Module) -> nn.Linear:

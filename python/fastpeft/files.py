@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import stat
 import tempfile
 from collections.abc import Callable, Mapping
@@ -17,7 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastpeft.errors import AdapterError, refuse
+from fastpeft.errors import AdapterError, ConfigError, refuse
 
 MAX_JSON_BYTES = 10_000_000
 
@@ -212,6 +213,41 @@ def replace_file(path: Path, write: Callable[[Path], None]) -> None:
         Path(temporary).unlink(missing_ok=True)
         raise
     _flush_folder(path.parent)
+
+
+def replace_folder(path: Path, fill: Callable[[Path], None], overwrite: bool = False) -> None:
+    """Let `fill` make a folder beside `path`, flush its files to disk, then rename it to `path`: a
+    crash leaves the old folder or the new one.
+
+    Raises:
+        ConfigError: something is there already and `overwrite` is not set, or it is a file.
+    """
+    if path.is_file() or (path.is_dir() and any(path.iterdir()) and not overwrite):
+        got = "a file" if path.is_file() else "a folder that is not empty"
+        raise refuse(
+            ConfigError, f"path '{path}'", got, "a new folder", "Choose another, or --overwrite."
+        )
+    path.parent.mkdir(parents=True, exist_ok=True)
+    beside = Path(tempfile.mkdtemp(dir=path.parent, prefix=f".{path.name}.", suffix=".tmp"))
+    aside = beside.with_suffix(".old")
+    try:
+        umask = os.umask(0)
+        os.umask(umask)
+        beside.chmod(0o777 & ~umask)  # mkdtemp makes it private
+        fill(beside)
+        for file in [file for file in beside.rglob("*") if file.is_file()]:
+            with open(file, "rb+") as opened:
+                os.fsync(opened.fileno())
+        _flush_folder(beside)
+        if path.exists():
+            os.replace(path, aside)
+        os.replace(beside, path)
+        _flush_folder(path.parent)
+    finally:
+        if not path.exists() and aside.exists():
+            os.replace(aside, path)
+        shutil.rmtree(beside, ignore_errors=True)
+        shutil.rmtree(aside, ignore_errors=True)
 
 
 def write_text(path: Path, text: str) -> None:

@@ -6,7 +6,13 @@ import importlib
 from typing import Any
 
 # Public name -> the module that holds it.
-_EXPORTS = {"AdapterTrainer": "fastpeft.hf.trainer"}
+_EXPORTS = {
+    "AdapterTrainer": "fastpeft.hf.trainer",
+    "FastPeftConfig": "fastpeft.hf.config",
+    "from_bitsandbytes": "fastpeft.hf.bnb",
+    "load_model": "fastpeft.hf.folder",
+    "save_quantized": "fastpeft.hf.folder",
+}
 
 __all__ = [*_EXPORTS]
 

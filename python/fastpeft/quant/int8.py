@@ -57,6 +57,8 @@ def _from_canonical(
             FormatError, "quantised weight", f"missing {missing}", "weight and SCB", _ADVICE
         )
     weight = tensors["weight"]
+    if weight.dim() == 3 and weight.shape[2] == 1:  # as fastpeft/folders.py writes it
+        weight = weight.squeeze(2)
     if weight.dim() != 2:
         raise refuse(FormatError, "weight", list(weight.shape), "[N, K]", _ADVICE)
     N, K = shape if shape is not None else tuple(weight.shape)

@@ -156,7 +156,7 @@ class Linear8bit(QuantizedLinear):
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
-        threshold = _check_threshold(threshold)
+        threshold = check_threshold(threshold)
         super().__init__(*_fresh(in_features, out_features, bias, "int8", 0, False, device, dtype))
         self.threshold = threshold
 
@@ -168,7 +168,7 @@ class Linear8bit(QuantizedLinear):
         _check_format(q.format, cls._formats)
         layer = cls.__new__(cls)
         QuantizedLinear.__init__(layer, q, bias)
-        layer.threshold = _check_threshold(threshold)
+        layer.threshold = check_threshold(threshold)
         return layer
 
     @classmethod
@@ -214,7 +214,8 @@ def _check_format(format: str, allowed: tuple[str, ...]) -> None:
         )
 
 
-def _check_threshold(threshold: float | None) -> float | None:
+def check_threshold(threshold: float | None) -> float | None:
+    """LLM.int8()'s threshold as a float or None; ConfigError if it is negative or no number."""
     if threshold is None:
         return None
     if isinstance(threshold, bool) or not isinstance(threshold, (int, float)) or not threshold >= 0:
