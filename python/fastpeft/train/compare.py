@@ -26,9 +26,9 @@ from .reporter import Reporter
 
 COMMON: dict[str, Any] = {
     "model": "smollm2",
-    "data": ["kjv:*,-Jonah"],
-    "heldout": ["kjv:Jonah"],
-    "steps": 14,
+    "data": ["kjv:*,-Obadiah"],
+    "heldout": ["kjv:Obadiah"],
+    "steps": 12,
     "seq_len": 512,
     "warmup_steps": 2,
     "save_every": 0,
@@ -42,6 +42,7 @@ ROWS: dict[str, dict[str, Any]] = {
     "lora": {**_LORA, "format": "none"},
     "qlora": {**_LORA, "format": "nf4"},
     "lora-int8": {**_LORA, "format": "int8"},
+    "dora": {**_LORA, "format": "none", "use_dora": True},
     "prefix": {"method": "prefix", "format": "none", "lr": 1e-2},
     "prefix-projection": {"method": "prefix", "format": "none", "projection": True, "lr": 1e-3},
     "prompt": {"method": "prompt", "format": "none", "lr": 3e-2},

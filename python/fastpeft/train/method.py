@@ -25,6 +25,8 @@ def _lora(recipe: Recipe, start: Sequence[int]) -> Any:
         lora_dropout=recipe.lora_dropout,
         target_modules=recipe.target_modules,
         use_rslora=recipe.use_rslora,
+        use_dora=recipe.use_dora,
+        init_lora_weights=recipe.init_lora_weights,
         task_type="CAUSAL_LM",
         base_model_name_or_path=recipe.model,
     )

@@ -48,7 +48,7 @@ class Recipe:
         format, blocksize, double_quant, threshold: the frozen base; "none" leaves it dense.
             threshold is int8's: 0 plain, > 0 LLM.int8(), null weight only.
         method: lora, prefix, prompt, ia3, bottleneck or full (every weight; needs format "none").
-        r, lora_alpha, lora_dropout, use_rslora: of lora.
+        r, lora_alpha, lora_dropout, use_rslora, use_dora, init_lora_weights: of lora.
         target_modules: of lora (null: all-linear) and ia3 (null: the table of its model family).
         num_virtual_tokens: of prefix and prompt.
         projection, prefix_init: of prefix: whether an MLP makes it; from what it starts: the first
@@ -80,6 +80,8 @@ class Recipe:
     lora_dropout: float = 0.0
     target_modules: str | list[str] | None = None
     use_rslora: bool = False
+    use_dora: bool = False
+    init_lora_weights: bool | str = True
     num_virtual_tokens: int = 16
     projection: bool = False
     prefix_init: str = "text"
@@ -226,6 +228,7 @@ def _check_method(recipe: Recipe) -> None:
         ("optimizer", recipe.optimizer != "adamw", "full"),
         ("float32_master", recipe.float32_master is not None, "full"),
         ("lora_plus_ratio", recipe.lora_plus_ratio is not None, "lora"),
+        ("use_dora", recipe.use_dora, "lora"),
         ("projection", recipe.projection, "prefix"),
     ):
         if value and recipe.method != owner:
