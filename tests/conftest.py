@@ -11,6 +11,8 @@ os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 import pytest  # noqa: E402
 import torch  # noqa: E402
 
+# {(row, column): text} of test_matrix.py
+MATRIX = pytest.StashKey[dict[tuple[str, str], str]]()
 THREADS = int(os.environ.get("FASTPEFT_TEST_THREADS", "2"))
 
 
@@ -34,6 +36,22 @@ def cuda_reason() -> str | None:
 
 def pytest_configure(config):
     torch.set_num_threads(THREADS)
+    config.stash[MATRIX] = {}
+
+
+def pytest_terminal_summary(terminalreporter, config):
+    """The matrix of methods and bases, as far as this run went."""
+    cells = config.stash[MATRIX]
+    if not cells:
+        return
+    terminalreporter.section("change of the loss over 20 steps, by method and base")
+    rows, columns = dict.fromkeys(r for r, _ in cells), dict.fromkeys(c for _, c in cells)
+    width = max(map(len, rows))
+    wide = {column: max(len(column), 7) for column in columns}
+    terminalreporter.line("  ".join([" " * width, *(c.rjust(wide[c]) for c in columns)]))
+    for row in rows:
+        texts = (cells.get((row, c), "").rjust(wide[c]) for c in columns)
+        terminalreporter.line("  ".join([row.ljust(width), *texts]))
 
 
 def pytest_report_header(config):

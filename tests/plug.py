@@ -109,8 +109,11 @@ def padded(side: str = "left") -> tuple[torch.Tensor, torch.Tensor]:
     return ids, mask if side == "left" else mask.flip(1)
 
 
-def assert_trains_alone(model: nn.Module, config, lr: float, least: float, steps: int = 20) -> None:
-    """The loss falls by `least`; nothing but the adapter's parameters changed, bit by bit."""
+def assert_trains_alone(
+    model: nn.Module, config, lr: float, least: float, steps: int = 20
+) -> list[float]:
+    """The loss falls by `least`; nothing but the adapter's parameters changed, bit by bit. Returns
+    the losses."""
     # dropout off: falling over 20 steps must not be luck
     fastpeft.attach(model, config)
     own = {id(p) for p in adapter_parameters(model, "default").values()}
@@ -133,6 +136,7 @@ def assert_trains_alone(model: nn.Module, config, lr: float, least: float, steps
     parameters, now = dict(model.named_parameters()), dict(model.named_buffers())
     assert all(torch.equal(value, parameters[key]) for key, value in frozen.items())
     assert all(torch.equal(value, now[key]) for key, value in buffers.items())
+    return losses
 
 
 def assert_unplugs(build_model, config, std: float = 0.3) -> None:

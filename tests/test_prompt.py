@@ -16,7 +16,6 @@ from plug import (
     FORMATS,
     assert_checkpoints,
     assert_round_trip,
-    assert_trains_alone,
     assert_unplugs,
     build,
     by_config,
@@ -27,12 +26,6 @@ from plug import (
 
 MODELS = ["llama", "gpt2", "bert"]
 P = 5
-
-
-@pytest.mark.parametrize("format", FORMATS)
-@pytest.mark.parametrize("name", MODELS)
-def test_trains_alone(name, format):
-    assert_trains_alone(build(name, format), Prompt(P), lr=0.05, least=0.02)
 
 
 @pytest.mark.parametrize("format", FORMATS)
