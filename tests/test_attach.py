@@ -340,7 +340,7 @@ def test_failed_attach_changes_nothing():
     before, keys = tiny.fingerprint(model), set(vars(model))
     for config, words in (
         (lora(target_modules=["q_proy"]), r"\['q_proy'\].*For 'q_proy': Near names: .*q_proj"),
-        (lora(target_modules=["embed_tokens"]), "'model.embed_tokens': got Embedding"),
+        (lora(target_modules=["norm"]), "'model.norm': got LlamaRMSNorm"),
         (lora(modules_to_save=["lm_hed"]), "modules_to_save: got 'lm_hed'.*lm_head"),
         (lora(layers_to_transform=[0]), "layers_to_transform: got a value"),
         (lora(bias="all"), "bias: got 'all', expected 'none'"),

@@ -280,7 +280,8 @@ def file_targets(
     keys = files.keys(model, name, read_json(folder, CONFIG_FILE), tensors)
     wanted = _wanted(tensors_of(model, name), keys, tensors, label)
     base = getattr(state.adapters[name].config, "base_model_name_or_path", None)
-    diagnose.compare(wanted, tensors, label, base)
+    own = tensors if files.own is None else files.own(model, tensors, label)
+    diagnose.compare(wanted, own, label, base)
     return wanted
 
 

@@ -165,7 +165,8 @@ def find_targets(model: nn.Module, config: Any) -> list[Place]:
         model: any nn.Module; adapters attached to it already do not matter.
         config: has target_modules (list of names or suffixes, one regular expression, "all-linear",
             or None for the row of DEFAULT_TARGETS) and perhaps exclude_modules,
-            layers_to_transform, layers_pattern, modules_to_save.
+            layers_to_transform, layers_pattern, modules_to_save, other_targets (classes of modules
+            that are no linear layers and may be named too).
     """
     linear = {place.name: place for place in linear_places(model)}
     targets = config.target_modules
@@ -195,13 +196,15 @@ def find_targets(model: nn.Module, config: Any) -> list[Place]:
     chosen = [place for place in places(model) if is_target(config, place.name)]
     if not chosen:
         raise _no_match(targets, config, linear)
-    wrong = [p for p in chosen if p.name not in linear]
+    other = getattr(config, "other_targets", ())
+    wrong = [p for p in chosen if p.name not in linear and not isinstance(p.module, other)]
     if wrong:
         raise refuse(
             ConfigError,
             f"target module '{wrong[0].name}'",
             type(wrong[0].module).__name__,
-            "nn.Linear, Conv1D, Linear4bit or Linear8bit outside nn.MultiheadAttention",
+            "nn.Linear, Conv1D, Linear4bit or Linear8bit outside nn.MultiheadAttention"
+            + "".join(f", or {kind.__name__}" for kind in other),
             "Name other modules in target_modules, or leave this one out by exclude_modules.",
         )
     return chosen

@@ -7,10 +7,12 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from fastpeft.errors import AdapterError, refuse
 from fastpeft.methods.method import Files, Method
+from fastpeft.patterns import places
 
 WEIGHTS_FILE, PICKLE_FILE = "adapter_model.safetensors", "adapter_model.bin"
 
@@ -60,7 +62,40 @@ def peft_files(
             for key in names(model, name)
         },
         check=layout.check,
+        own=lambda model, tensors, label: _without_base(model, layout.prefix, tensors, label),
         library="peft",
+    )
+
+
+def _without_base(
+    model: nn.Module, prefix: str, tensors: Mapping[str, Tensor], label: str
+) -> Mapping[str, Tensor]:
+    """peft stores the base's weight beside an adapter on embed_tokens or lm_head, and loading one
+    overwrites the base's. Here it must be what this model has already."""
+    ending = ".base_layer.weight"
+    if not any(key.endswith(ending) for key in tensors):
+        return tensors
+    rest = dict(tensors)
+    for place in places(model):
+        given = rest.pop(f"{prefix}{place.name}{ending}", None)
+        weight = getattr(place.module, "weight", None)
+        if given is None or (weight is not None and _is_same(given, weight)):
+            continue
+        raise refuse(
+            AdapterError,
+            f"{label}, tensor '{prefix}{place.name}{ending}'",
+            "another weight than this model's",
+            "the base that the adapter was trained on",
+            "Load that base (it may have been resized), then the adapter.",
+        )
+    return rest
+
+
+def _is_same(given: Tensor, weight: Tensor) -> bool:
+    """Equal values, in either of the two dtypes."""
+    given, weight = given.to(weight.device), weight.detach()
+    return given.shape == weight.shape and (
+        torch.equal(given.to(weight.dtype), weight) or torch.equal(given, weight.to(given.dtype))
     )
 
 

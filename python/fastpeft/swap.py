@@ -84,6 +84,14 @@ def swap(
         values, targets = _from_state(model, name, source)
     else:
         values, targets = _from_folder(model, state, name, source, allow_pickle_weights_only)
+    if any(target.is_inference() for target in targets.values()):
+        raise refuse(
+            StateError,
+            f"adapter '{name}'",
+            "one that stands on a part of the base's weight (PiSSA, OLoRA)",
+            "an adapter whose file is its parameters",
+            "Save it and load it: it is a plain LoRA then.",
+        )
     with torch.no_grad():
         for key, target in targets.items():
             target.copy_(values[key])

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, ClassVar
 
 from torch import nn
 
@@ -128,6 +128,9 @@ class LoRA:
     Raises:
         ConfigError: a value that cannot work.
     """
+
+    # What target_modules may name beside linear layers.
+    other_targets: ClassVar[tuple[type, ...]] = (nn.Embedding,)
 
     r: int = 8
     lora_alpha: float = 16

@@ -40,6 +40,8 @@ class Files:
             plain name of the parameter it holds}. Two keys may hold the same one.
         check: (the file's tensors, label for messages) -> None; AdapterError for what a comparison
             of shapes would not show well.
+        own: (model, the file's tensors, label) -> those that are the adapter's, where a file holds
+            some of the base's too; AdapterError if these are not this base's.
         library: who else reads it, for the model card.
     """
 
@@ -50,6 +52,7 @@ class Files:
     write_config: Callable[[nn.Module, Any, str], dict[str, Any]]
     keys: Callable[[nn.Module, str, Mapping[str, Any], Iterable[str]], dict[str, str]]
     check: Callable[[Mapping[str, Tensor], str], None] | None = None
+    own: Callable[[nn.Module, Mapping[str, Tensor], str], Mapping[str, Tensor]] | None = None
     library: str = "adapters"
 
 
