@@ -29,6 +29,10 @@ export PATH := $(BIN):$(PATH)
 export HF_HUB_OFFLINE := 1
 export FASTPEFT_CACHE ?= $(CURDIR)/.cache
 
+# Waiting threads sleep: where other programs share the cores, spinning ones make a step several
+# times slower (seen at load 13 on 2 cores: 7 against 30 tokens/s). Not for benchmarks.
+demo test: export OMP_WAIT_POLICY ?= PASSIVE
+
 .PHONY: demo test bench lint format build clean
 .DELETE_ON_ERROR:
 
