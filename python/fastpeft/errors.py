@@ -6,6 +6,8 @@ working. Messages name the thing, what was given, what was expected, and what to
 
 from __future__ import annotations
 
+import sys
+
 
 class FastPeftError(Exception):
     """Base of all deliberate fastpeft errors."""
@@ -53,3 +55,13 @@ def refuse(
         The error; the caller raises it, so that tracebacks end where the check stands.
     """
     return error(f"{name}: got {got}, expected {expected}. {advice}")
+
+
+def caller_level() -> int:
+    """stacklevel for a warnings.warn in the function that asks: the nearest frame outside this
+    package, however deep inside it the warning arose.
+    """
+    level, frame = 1, sys._getframe(1)
+    while frame.f_back is not None and frame.f_globals.get("__name__", "").startswith("fastpeft"):
+        level, frame = level + 1, frame.f_back
+    return level

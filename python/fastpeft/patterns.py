@@ -17,7 +17,7 @@ from typing import Any
 
 from torch import nn
 
-from fastpeft.errors import ConfigError, refuse
+from fastpeft.errors import ConfigError, caller_level, refuse
 from fastpeft.transposed import TransposedLinear, is_conv1d
 
 ALL_LINEAR = "all-linear"
@@ -37,11 +37,14 @@ DEFAULT_TARGETS: dict[str, tuple[str, ...]] = {
         ("opt", "bart", "gptj", "gpt_neo", "stablelm", "smollm3", "olmo", "olmo2"), _Q_V
     ),
     **dict.fromkeys(("cohere", "granite", "starcoder2", "whisper", "m2m_100", "pegasus"), _Q_V),
-    **dict.fromkeys(
-        ("bert", "roberta", "xlm-roberta", "electra", "camembert", "vit"), _QUERY_VALUE
-    ),
+    **dict.fromkeys(("cohere2", "glm", "glm4", "granitemoe", "gpt_oss", "phimoe", "olmoe"), _Q_V),
+    **dict.fromkeys(("ministral", "exaone4", "nemotron", "olmo3", "arcee", "helium"), _Q_V),
+    **dict.fromkeys(("ernie4_5", "seed_oss", "hunyuan_v1_dense", "lfm2", "biogpt"), _Q_V),
+    **dict.fromkeys(("xglm", "mbart", "marian", "blenderbot", "modernbert-decoder"), _Q_V),
+    **dict.fromkeys(("bert", "roberta", "xlm-roberta", "electra", "camembert"), _QUERY_VALUE),
+    "vit": (*_QUERY_VALUE, *_Q_V),  # transformers renamed them: those that are there count
     **dict.fromkeys(("gpt2", "gpt_bigcode"), ("c_attn",)),
-    **dict.fromkeys(("gpt_neox", "bloom", "falcon"), ("query_key_value",)),
+    **dict.fromkeys(("gpt_neox", "bloom", "falcon", "persimmon"), ("query_key_value",)),
     **dict.fromkeys(("t5", "mt5", "umt5"), ("q", "v")),
     **dict.fromkeys(("phi3", "codegen"), ("qkv_proj",)),
     "distilbert": ("q_lin", "v_lin"),
@@ -228,8 +231,8 @@ def default_targets(model: nn.Module) -> list[str]:
     """
     model_type = getattr(getattr(model, "config", None), "model_type", None)
     row = DEFAULT_TARGETS.get(model_type)
+    names = sorted({p.name.rsplit(".", 1)[-1] for p in linear_places(model)})
     if row is None:
-        names = sorted({p.name.rsplit(".", 1)[-1] for p in linear_places(model)})
         raise refuse(
             ConfigError,
             "target_modules",
@@ -237,7 +240,7 @@ def default_targets(model: nn.Module) -> list[str]:
             f"a list of names, for model_type {model_type!r} has no default row",
             f"Choose from this model's linear layers: {', '.join(names[:20])}; or 'all-linear'.",
         )
-    return list(row)
+    return [name for name in row if name in names] or list(row)
 
 
 def is_target(config: Any, name: str) -> bool:
@@ -366,4 +369,4 @@ def warn_unused(model: nn.Module, config: Any, chosen: list[Place]) -> None:
         if not any(p.name == word or p.name.endswith(f".{word}") for p in chosen):
             near = near_names(word, (p.name for p in linear_places(model)))
             message = f"target_modules: '{word}' matches no module. {near}"
-            warnings.warn(message, stacklevel=5)  # the caller of fastpeft.attach
+            warnings.warn(message, stacklevel=caller_level())

@@ -16,6 +16,7 @@ from typing import Any
 from torch import nn
 
 from ..errors import ConfigError, refuse
+from ..experts import warn_experts
 from ..patterns import (
     ALL_LINEAR,
     Place,
@@ -73,6 +74,7 @@ def layer_method(
             )
         if given.target_modules is None:
             given = replace(given, target_modules=default_targets(model))
+        warn_experts(model, given)
         chosen = find_targets(model, given)
         warn_unused(model, given, chosen)
         if given.target_modules == ALL_LINEAR:
