@@ -203,9 +203,15 @@ def remove(model: nn.Module, name: str) -> None:
     state.active = tuple(other for other in state.active if other != name)
     if state.adapters:
         return
+    forget(model)
+    _set_flags(model, state.requires_grad)
+
+
+def forget(model: nn.Module) -> None:
+    """Take away the note of what is attached, and its hooks: the last step of `detach` and of
+    `merge.settle`."""
     checkpointing.remove_hooks(model)
     del model.__dict__[_STATE]
-    _set_flags(model, state.requires_grad)
 
 
 def adapters(model: nn.Module) -> Adapters:

@@ -6,9 +6,11 @@ from dataclasses import dataclass, field
 
 from torch import nn
 
-from fastpeft.attach import activate, method_named, named, state_of, switch
+from fastpeft.attach import activate, forget, method_named, named, state_of, switch
+from fastpeft.copies import TrainedCopy
 from fastpeft.errors import StateError, refuse
 from fastpeft.methods import METHODS
+from fastpeft.patterns import places
 from fastpeft.report import table
 
 
@@ -103,3 +105,25 @@ def unmerge(model: nn.Module) -> nn.Module:
     method.unmerge(model, state.merged)
     state.merged = None
     return activate(model, state.active)
+
+
+def settle(model: nn.Module) -> nn.Module:
+    """Make a merge final: the merged weights are the model's own, nothing of the adapter is left,
+    and it can be saved as a plain model.
+
+    Raises:
+        StateError: nothing is merged, or other adapters are attached too.
+    """
+    state = state_of(model)
+    if state is None or state.merged is None or len(state.adapters) > 1:
+        got = "no merged adapter" if state is None or state.merged is None else "other adapters too"
+        advice = "Call merge(model, name) first, and detach the others before it."
+        raise refuse(StateError, "model", got, "one adapter, merged", advice)
+    for place in list(places(model)):
+        parent, attribute, outer = place.chain[0]
+        copy = place.wrapper(TrainedCopy)
+        inner = place.module if copy is None else copy.module_in_use
+        if inner is not outer:
+            setattr(parent, attribute, inner)
+    forget(model)
+    return model

@@ -16,6 +16,8 @@ from .errors import report
 COMMANDS = (
     "train",
     "evaluate",
+    "quantize",
+    "merge",
     "generate",
     "compare",
     "inspect",

@@ -13,23 +13,33 @@ from .show import as_json
 
 
 def open_model(
-    path: str, adapter: Path | None, format: str, dtype: str, device: str
+    path: str, adapter: Path | None, format: str | None, dtype: str, device: str
 ) -> tuple[Any, Any]:
-    """Model and tokenizer: of a run's folder, or of a base with an optional adapter."""
+    """Model and tokenizer: of a run's folder, or of a base, dense or quantised, with an optional
+    adapter."""
     from fastpeft.train.base import pick_device, pick_dtype
+    from fastpeft.train.folders import open_quantized, quantized_format
     from fastpeft.train.model import frozen_base, open_run
     from fastpeft.train.recipe import FORMATS, Recipe
 
     if (Path(path) / "recipe.yaml").is_file():
         model, tokenizer, _ = open_run(path, device)
         return model, tokenizer
-    if format not in FORMATS:
+    if format is not None and format not in FORMATS:
         raise refuse(
             ConfigError, "--format", repr(format), " or ".join(FORMATS), "Choose one of these."
         )
     place = pick_device(device)
     kind = str(pick_dtype(dtype, place)).removeprefix("torch.")
-    model, tokenizer = frozen_base(Recipe(model=path, format=format, dtype=kind), place)
+    there = quantized_format(path)
+    if there is None:
+        recipe = Recipe(model=path, format=format or "nf4", dtype=kind)
+        model, tokenizer = frozen_base(recipe, place)
+    elif format not in (None, there):
+        advice = "Leave --format out: the folder is quantised already."
+        raise refuse(ConfigError, "--format", repr(format), repr(there), advice)
+    else:
+        model, tokenizer = open_quantized(path, kind, place)
     if adapter is not None:
         import fastpeft
 
@@ -55,7 +65,9 @@ def command(
     path: Annotated[str, typer.Argument(help="Folder of a run, model folder, or smollm2.")],
     prompt: Annotated[str, typer.Option("--prompt", "-p", help="Text to continue.")],
     adapter: Annotated[Path | None, typer.Option(help="Adapter folder for a model folder.")] = None,
-    format: Annotated[str, typer.Option(help="nf4, int8 or none.")] = "nf4",
+    format: Annotated[
+        str | None, typer.Option(help="nf4 (default), int8 or none; of a dense base.")
+    ] = None,
     both: Annotated[bool, typer.Option("--both", help="With and without the adapter.")] = False,
     chat: Annotated[bool, typer.Option("--chat", help="Use the chat template.")] = False,
     max_new_tokens: Annotated[int, typer.Option(min=1, help="Length of the answer.")] = 64,
