@@ -112,6 +112,36 @@ def test_ia3_and_lora_in_one_batch():
 
 
 @torch.no_grad()
+@pytest.mark.parametrize("name", ["llama", "gpt2"])
+@pytest.mark.parametrize("format", [None, "nf4"])
+def test_dora_pissa_and_embeddings_in_one_batch(name, format):
+    """gpt2: the magnitude leaves out the base's bias."""
+    model, text = plug.build(name, format), tiny.tokens(5)
+    if name == "llama":
+        fastpeft.attach(model, LoRA(r=4, target_modules=["embed_tokens", "q_proj"]), "embeds")
+    else:
+        fastpeft.attach(model, LoRA(r=4, target_modules=["wpe", "c_attn"]), "embeds")
+    fastpeft.attach(model, LoRA(r=4, use_dora=True), "dora")
+    fastpeft.attach(model, LoRA(r=4, init_lora_weights="pissa"), "pissa")
+    for adapter in ("embeds", "dora", "pissa"):
+        tiny.shake(adapter_parameters(model, adapter).values(), std=0.2)
+    names = ["dora", "embeds", None, "pissa", "dora"]
+    if name == "gpt2":  # positions: one row for the whole batch
+        words = r"5 ids for a layer's input of shape \[1, 9\], expected one id for each row"
+        with fastpeft.adapter_ids(model, names), pytest.raises(AdapterError, match=words):
+            forward(model, text)
+        names = ["dora", "pissa", None, "pissa", "dora"]
+    wanted = alone(model, text, names)
+    with fastpeft.adapter_ids(model, names):
+        mixed = forward(model, text)
+    torch.testing.assert_close(mixed, wanted, atol=2e-5, rtol=1e-4)
+    with fastpeft.disabled(model):
+        base = forward(model, text)
+    for row, adapter in enumerate(names):
+        assert torch.equal(mixed[row], base[row]) == (adapter is None), row
+
+
+@torch.no_grad()
 def test_bias_and_half_precision():
     model, text = build(lora_bias=True).to(torch.bfloat16), tiny.tokens(len(IDS))
     wanted = alone(model, text)

@@ -281,15 +281,18 @@ class LoRALinear(nn.Module):
         """
         if self._merged and self.training and torch.is_grad_enabled():
             self._refuse_merged("train")
+        if self.rows is not None:
+            return low_rank_by_rows(self, x, self.rows)
+        return self.compute(x, () if self._merged else self._active)
+
+    def compute(self, x: Tensor, names: tuple[str, ...]) -> Tensor:
+        """What `forward` returns with these adapters active."""
         # Children are read from their dictionaries: nn.Module's attribute look-ups cost 1 us each.
         children = self._modules
-        if self.rows is not None:
-            base = children["base_layer"]
-            return low_rank_by_rows(self, x, self.rows, lambda x, lora: _base_linear(base, x, lora))
-        if self._merged or not self._active:
+        if not names:
             return _base_linear(children["base_layer"], x, None)
         base, modules = children["base_layer"], children["adapters"]._modules
-        adapters = [modules[name] for name in self._active]
+        adapters = [modules[name] for name in names]
         # DoRA scales all but the bias: then it comes last.
         late_bias = base.bias if any(adapter.use_dora for adapter in adapters) else None
         y = None

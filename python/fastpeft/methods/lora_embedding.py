@@ -21,6 +21,7 @@ from ..ops.lora import LowRank
 from . import lora_dora, lora_init
 from .lora import LoRALinear
 from .lora_config import check_dora, check_rank, check_scale
+from .rows import low_rank_by_rows
 
 
 class EmbeddingAdapter(nn.Module):
@@ -153,12 +154,18 @@ class LoRAEmbedding(LoRALinear):
         """[...] -> [..., D]. Errors as LoRALinear."""
         if self._merged and self.training and torch.is_grad_enabled():
             self._refuse_merged("train")
+        if self.rows is not None:
+            return low_rank_by_rows(self, ids, self.rows)
+        return self.compute(ids, () if self._merged else self._active)
+
+    def compute(self, ids: Tensor, names: tuple[str, ...]) -> Tensor:
+        """What `forward` returns with these adapters active."""
         base = self.base_layer
         y = base(ids)
-        if self._merged:
+        if not names:
             return y
         scale = getattr(base, "embed_scale", None)
-        for name in self._active:
+        for name in names:
             adapter = self.adapters[name]
             lora = adapter.low_rank()
             rows = F.embedding(ids, lora.A.t(), padding_idx=base.padding_idx)

@@ -1,12 +1,13 @@
 """Rows: which rows of a batch go through which adapter, and how a linear layer computes them.
 
 The base runs once for the whole batch; each adapter adds its branch to its own rows, so a batch of
-many adapters costs the base once and each low-rank product once.
+many adapters costs the base once and each low-rank product once. DoRA scales the base's output
+without the bias, so its rows run through the base a second time.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection
+from collections.abc import Collection
 from typing import Any
 
 import torch
@@ -15,7 +16,6 @@ from torch import Tensor, nn
 from .. import ops
 from ..errors import AdapterError, refuse
 from ..ops.autocast import autocast_input
-from ..ops.lora import LowRank
 
 
 class Rows:
@@ -51,8 +51,10 @@ class Rows:
 
     def groups(self, known: Collection[str], x: Tensor) -> list[tuple[str, Tensor | None]]:
         """[(name, rows of x, int64 [m])] for the names that are in `known`; None: all rows."""
-        repeats = self.repeats(x)
         wanted = [name for name in dict.fromkeys(self.names) if name is not None and name in known]
+        if not wanted:
+            return []  # whoever's rows these are
+        repeats = self.repeats(x)
         if len(wanted) == 1 and set(self.names) == set(wanted):
             return [(wanted[0], None)]
         return [(name, self._index((name,), repeats, x.device)) for name in wanted]
@@ -74,35 +76,35 @@ class Rows:
         return self._indices[key]
 
 
-def low_rank_by_rows(
-    layer: nn.Module, x: Tensor, rows: Rows, base: Callable[[Tensor, LowRank | None], Tensor]
-) -> Tensor:
-    """[B, ..., K] -> [B, ..., N]: row b of the base's output plus the branch of b's adapter.
+def low_rank_by_rows(layer: nn.Module, x: Tensor, rows: Rows) -> Tensor:
+    """[B, ..., K] -> [B, ..., N]: row b is what the layer computes with b's adapter active.
 
     Args:
-        layer: has `adapters`, {name: LoRAAdapter}; a name that is not there leaves the base.
-        x: input.
+        layer: has `adapters`, {name: adapter with low_rank()}, and `compute(x, names)`; a name that
+            is not there leaves the base.
+        x: input; ids [B, ...] for an embedding.
         rows: who goes where.
-        base: (x, branch to compute in the same pass, or None) -> the base's output.
     """
     adapters = layer.adapters._modules
     groups = rows.groups(adapters, x)
     if len(groups) == 1 and groups[0][1] is None:
-        adapter = adapters[groups[0][0]]
-        return _add_bias(base(x, adapter.low_rank()), adapter)
-    y = base(x, None)
-    x = autocast_input(x)
+        return layer.compute(x, (groups[0][0],))
+    y = layer.compute(x, ())
+    # autograd keeps what was there before; without it nobody else reads y
+    is_recorded = torch.is_grad_enabled()
     for name, index in groups:
-        branch = ops.lora.low_rank(x.index_select(0, index), adapters[name].low_rank())
-        branch = _add_bias(branch, adapters[name]).to(y.dtype)
-        # autograd keeps the sum before this one; without it nobody else reads y
-        add = y.index_add if torch.is_grad_enabled() else y.index_add_
-        y = add(0, index, branch)
+        adapter, own = adapters[name], x.index_select(0, index)
+        if (
+            adapter.use_dora or not x.is_floating_point()
+        ):  # no sum of base and branch, or a cheap one
+            whole = layer.compute(own, (name,)).to(y.dtype)
+            y = (y.index_copy if is_recorded else y.index_copy_)(0, index, whole)
+            continue
+        branch = ops.lora.low_rank(autocast_input(own), adapter.low_rank())
+        if adapter.lora_bias:
+            branch = branch + (adapter.lora_B.bias * adapter.scaling).to(branch.dtype)
+        y = (y.index_add if is_recorded else y.index_add_)(0, index, branch.to(y.dtype))
     return y
-
-
-def _add_bias(y: Tensor, adapter: nn.Module) -> Tensor:
-    return y + (adapter.lora_B.bias * adapter.scaling).to(y.dtype) if adapter.lora_bias else y
 
 
 def scale_by_rows(x: Tensor, vectors: dict[str, Tensor], rows: Rows) -> Tensor:
