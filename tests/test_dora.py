@@ -24,6 +24,7 @@ from plug import (
 from test_io import assert_same_model, dequantised, load_peft, save_peft, shaken_peft
 from tiny import one_thread  # noqa: F401
 from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 pytestmark = pytest.mark.filterwarnings("ignore:target_modules. .* matches no module")
 
@@ -180,6 +181,70 @@ def test_norms_follow_the_weight():
     meta.load_state_dict(layer().state_dict())
     x = torch.randn(3, K)
     assert current(meta) and torch.equal(meta(x), layer()(x))
+
+
+@pytest.mark.parametrize("init", [True, False, "pissa"])
+def test_order_of_quantising_does_not_matter(init):
+    """An untrained adapter starts from the norms of the quantised weight; a trained one keeps its
+    own."""
+    results = []
+    for first in (True, False):
+        torch.manual_seed(4)
+        linear = nn.Linear(K, N)
+        options = {"r": R, "use_dora": True, "init_lora_weights": init}
+        built = LoRALinear.from_linear(
+            linear if first else Linear4bit.from_linear(linear), **options
+        )
+        if first:
+            built.base_layer = Linear4bit.from_linear(linear)
+        results.append(built.adapters["default"].lora_magnitude_vector)
+    if init == "pissa":  # stands on the part of another weight, but g = 1 all the same
+        x = torch.randn(3, K)
+        torch.testing.assert_close(built(x), built.base_layer(x), rtol=1e-4, atol=1e-5)
+    else:
+        assert torch.equal(*results)
+    trained = layer()
+    before = trained.adapters["default"].lora_magnitude_vector.clone()
+    trained.base_layer = Linear4bit.from_linear(trained.base_layer)
+    assert torch.equal(trained.adapters["default"].lora_magnitude_vector, before)
+
+
+def test_loftq_with_dora():
+    torch.manual_seed(4)
+    linear = nn.Linear(K, N)
+    W = linear.weight.detach().clone()
+    built = LoRALinear.from_linear(linear, r=16, use_dora=True, init_lora_weights="loftq")
+    built.base_layer = Linear4bit.from_linear(linear)
+    x = torch.eye(K)
+    errors = [(f(x) - built.bias - W.T).norm() for f in (built, built.base_layer)]
+    assert errors[0] < 0.8 * errors[1]
+
+
+class Shapes(TorchDispatchMode):
+    """Records the shape and dtype of every tensor that an operator returns."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.seen: set[tuple] = set()
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        result = function(*args, **(kwargs or {}))
+        for found in result if isinstance(result, (tuple, list)) else (result,):
+            if isinstance(found, torch.Tensor):
+                self.seen.add((tuple(sorted(found.shape)), found.dtype))
+        return result
+
+
+@pytest.mark.parametrize("base", list(BASES))
+def test_no_step_makes_a_matrix_of_the_weights_size(base):
+    built = layer(base, torch.bfloat16)
+    x = torch.randn(7, K, dtype=torch.bfloat16, requires_grad=True)
+    with Shapes() as shapes:
+        built(x).sum().backward()
+    assert ((7, N), torch.bfloat16) in shapes.seen
+    large = {dtype for shape, dtype in shapes.seen if shape == (N, K)}
+    # a dense weight shows up as itself, detached or transposed
+    assert large <= ({torch.bfloat16} if base == "dense" else {torch.int8}), shapes.seen
 
 
 # ---- whole models

@@ -383,15 +383,16 @@ class LoRALinear(nn.Module):
     def _base_replaced(self, old: nn.Module) -> None:
         """Another base took the old one's place, most often because it was quantised."""
         base = self.base_layer
+        packed = isinstance(base, QuantizedLinear) and not isinstance(old, QuantizedLinear)
         for adapter in self.adapters.values():
-            if (
-                adapter.is_loftq
-                and isinstance(base, QuantizedLinear)
-                and not isinstance(old, QuantizedLinear)
-            ):
+            is_new = adapter.use_dora and lora_dora.is_at_start(adapter, old)
+            if adapter.is_loftq and packed:
                 lora_init.compensate(adapter, old, base)
             if adapter.use_dora:
                 lora_dora.remember_norms(adapter, base)
+            if is_new:  # as if attached afterwards
+                with torch.no_grad():
+                    adapter.lora_magnitude_vector.copy_(lora_dora.start_norms(adapter, base))
 
     def extra_repr(self) -> str:
         """Active and merged adapters."""
