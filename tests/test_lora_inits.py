@@ -13,7 +13,7 @@ import torch
 from compare import assert_close
 from fastpeft import Linear4bit, LoRA, LoRALinear
 from fastpeft.attach import adapter_parameters
-from fastpeft.errors import ConfigError, StateError
+from fastpeft.errors import AdapterError, ConfigError, StateError
 from fastpeft.io import tensors_of
 from fastpeft.patterns import places
 from peft import LoraConfig, PeftModel, get_peft_model
@@ -242,6 +242,30 @@ def test_loftq_trains_alone():
         losses.append(value.item())
     assert losses[-1] < losses[0] - 0.01
     assert all(not torch.equal(v, started[k]) for k, v in tensors_of(model, "default").items())
+
+
+@pytest.mark.parametrize("use_dora", [False, True])
+def test_loftq_over_a_quantised_model(use_dora):
+    """From the dense weights afterwards: the same start as attaching before quantising."""
+    weights = {k: v.clone() for k, v in tiny.llama().state_dict().items()}
+    options = {"r": 8, "target_modules": "all-linear", "use_dora": use_dora}
+    first = fastpeft.attach(tiny.llama(), LoRA(init_lora_weights="loftq", **options))
+    fastpeft.quantize(first)
+    model = tiny.llama()
+    fastpeft.quantize(model)
+    fastpeft.attach(model, LoRA(**options))
+    plain = logits(model)
+    key = "model.layers.1.mlp.up_proj.weight"
+    for wrong in ({k: v for k, v in weights.items() if k != key}, {**weights, key: weights[key].T}):
+        with pytest.raises(AdapterError, match=f"weights\\['{key}'\\]: got .*expected the dense"):
+            fastpeft.loftq(model, wrong)
+        assert torch.equal(logits(model), plain)
+    assert len(fastpeft.loftq(model, weights)) == 14
+    assert torch.equal(logits(model), logits(first)) and not torch.equal(logits(model), plain)
+    with pytest.raises(StateError, match="got one that was trained"):
+        fastpeft.loftq(model, weights)
+    with pytest.raises(StateError, match="got no LoRA on a quantised layer"):
+        fastpeft.loftq(fastpeft.attach(tiny.llama(), LoRA()), weights)
 
 
 # ---- refusals

@@ -42,6 +42,7 @@ _EXPORTS = {
     "adapter_ids": "fastpeft.mixing",
     "swap": "fastpeft.swap",
     "adapter_state": "fastpeft.swap",
+    "loftq": "fastpeft.loftq",
     "merge": "fastpeft.merge",
     "unmerge": "fastpeft.merge",
     "summary": "fastpeft.report",

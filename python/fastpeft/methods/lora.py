@@ -387,12 +387,11 @@ class LoRALinear(nn.Module):
         for adapter in self.adapters.values():
             is_new = adapter.use_dora and lora_dora.is_at_start(adapter, old)
             if adapter.is_loftq and packed:
-                lora_init.compensate(adapter, old, base)
+                lora_init.compensate(adapter, old.weight, base)
             if adapter.use_dora:
                 lora_dora.remember_norms(adapter, base)
             if is_new:  # as if attached afterwards
-                with torch.no_grad():
-                    adapter.lora_magnitude_vector.copy_(lora_dora.start_norms(adapter, base))
+                lora_dora.restart(adapter, base)
 
     def extra_repr(self) -> str:
         """Active and merged adapters."""

@@ -63,6 +63,12 @@ def is_at_start(adapter: nn.Module, base: nn.Module) -> bool:
     return not own.is_meta and torch.equal(own, start_norms(adapter, base))
 
 
+@torch.no_grad()
+def restart(adapter: nn.Module, base: nn.Module) -> None:
+    """Sets the magnitudes to those of a start over this base and these factors."""
+    adapter.lora_magnitude_vector.copy_(start_norms(adapter, base))
+
+
 def remember_norms(adapter: nn.Module, base: nn.Module) -> None:
     """Computes ||w_n||^2 anew: the base was replaced, loaded, or cast."""
     adapter.weight_sq = row_squares(base, adapter.low_rank().A.dtype)

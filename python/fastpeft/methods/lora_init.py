@@ -52,7 +52,8 @@ def start_from_weight(adapter: nn.Module, base: nn.Module, init: bool | str) -> 
                 "init_lora_weights",
                 "'loftq' over a quantised layer",
                 "a dense one",
-                "Attach first, then fastpeft.quantize: the error is known only while W is.",
+                "Attach first, then quantize: the error is known only while W is. Or attach with "
+                "True and call fastpeft.loftq(model, weights).",
             )
         return
     if not is_anchored(init):
@@ -95,15 +96,16 @@ def _balanced(U: Tensor, S: Tensor, Vh: Tensor) -> tuple[Tensor, Tensor]:
 
 
 @torch.no_grad()
-def compensate(adapter: nn.Module, dense: nn.Module, packed: QuantizedLinear) -> None:
-    """LoftQ: A and B from what quantising `dense` to `packed` lost; rank above min(N, K) is zero.
+def compensate(adapter: nn.Module, dense: Tensor, packed: QuantizedLinear) -> None:
+    """LoftQ: A and B from what quantising `dense` [N, K] to `packed` lost; what is above rank
+    min(N, K) is zero.
 
     Nothing is done to an adapter that was trained or loaded since (its B is not zero any more).
     """
     A, B = adapter.lora_A.weight, adapter.lora_B.weight
-    if dense.weight.is_meta or packed.codes.is_meta or bool(B.any()):
+    if dense.is_meta or packed.codes.is_meta or bool(B.any()):
         return
-    lost = dense.weight.detach().float() - packed.dequantize(torch.float32)
+    lost = dense.detach().to(A.device, torch.float32) - packed.dequantize(torch.float32)
     B0, A0 = best(lost, adapter.r, adapter.scaling)
     A.zero_()[: A0.shape[0]].copy_(A0)
     B.zero_()[:, : B0.shape[1]].copy_(B0)
