@@ -91,7 +91,7 @@ def parameters(model: nn.Module, name: str):
     return adapter_parameters(model, name).values()
 
 
-@pytest.mark.parametrize("kind", ["lora", "ia3", "houlsby", "prefix", "prompt", "head"])
+@pytest.mark.parametrize("kind", ["lora", "wide", "ia3", "houlsby", "prefix", "prompt", "head"])
 def test_the_50th_costs_what_the_first_cost(kind):
     """Counted in calls of Python functions, which no other process disturbs."""
     model, config = tiny.llama(layers=2), SEVERAL[kind][0]

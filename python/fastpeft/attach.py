@@ -15,7 +15,7 @@ from typing import Any
 
 from torch import nn
 
-from fastpeft import checkpointing, copies
+from fastpeft import checkpointing, copies, distributed
 from fastpeft.errors import AdapterError, StateError, refuse
 from fastpeft.methods.method import METHODS, Method, method_of
 from fastpeft.methods.rows import Rows
@@ -45,6 +45,7 @@ class State:
     requires_grad: {plain parameter name: flag} of the bare model before the first attach.
     merged: name of the adapter folded into the base weights, or None.
     rows: inside `adapter_ids`: which row of the batch goes through which adapter; else None.
+    told_ddp: the first attach told DDP about packed weights (quantize had not).
     """
 
     adapters: dict[str, Attached] = field(default_factory=dict)
@@ -52,6 +53,7 @@ class State:
     requires_grad: dict[str, bool] = field(default_factory=dict)
     merged: str | None = None
     rows: Rows | None = None
+    told_ddp: bool = False
 
 
 class Adapters(dict[str, Any]):
@@ -186,6 +188,7 @@ def add(model: nn.Module, config: Any, name: str, trainable: bool = True) -> Non
     if not state.adapters:
         for _, parameter in plain_parameters(model):
             parameter.requires_grad_(False)
+        state.told_ddp = distributed.keep_local(model)
     state.adapters[name] = Attached(method.name, resolved, trainable)
     model.__dict__[_STATE] = state
     _let_train(model, name, False)
@@ -211,7 +214,8 @@ def forget(model: nn.Module) -> None:
     """Take away the note of what is attached, and its hooks: the last step of `detach` and of
     `merge.settle`."""
     checkpointing.remove_hooks(model)
-    del model.__dict__[_STATE]
+    if model.__dict__.pop(_STATE).told_ddp:
+        distributed.forget_local(model)
 
 
 def adapters(model: nn.Module) -> Adapters:

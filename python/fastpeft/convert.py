@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from fastpeft.attach import state_of
 from fastpeft.copies import TrainedCopy
+from fastpeft.distributed import keep_local
 from fastpeft.errors import ConfigError, StateError, refuse
 from fastpeft.patterns import Place, is_quantized, linear_places, places
 from fastpeft.quant.format import FORMATS
@@ -129,6 +130,7 @@ def quantize(
             report.errors[name] = error
         show(len(report.converted), total, name)
     report.bytes_after = tensor_bytes(model)
+    keep_local(model)
     return report
 
 
