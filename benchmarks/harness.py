@@ -258,7 +258,8 @@ def copy_gbs(device: str) -> float:
     """Speed of a large copy, GB/s, bytes read plus bytes written: the ceiling that a share is told
     of.
     """
-    # No power of two: source and target that far apart meet in the same banks (2.7 instead of 4.2 TB/s).
+    # No power of two: 2**30 bytes gave 2.7 TB/s where odd sizes give 4.2, perhaps because
+    # source and target then meet in the same banks.
     size = 1_100_000_256 if device == "cuda" else 2**26
     source = torch.empty(size // 2, dtype=torch.float16, device=device).uniform_()
     work = Work("copy", lambda i: source.clone(), 4, 2.0 * size)

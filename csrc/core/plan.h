@@ -16,8 +16,8 @@ struct Problem {
   Direction direction = Direction::kFwd;
   DType dtype = DType::kBFloat16;
   int64_t M = 1, N = 4096, K = 4096, R = 0, blocksize = 64;
-  int arch = 0;      // compute capability * 10 (90, 80, ...); 0 = CPU
-  int sm_count = 0;  // multiprocessors, or threads on the CPU
+  int arch = 0;       // compute capability * 10 (90, 80, ...); 0 = CPU
+  int sm_count = 0;   // multiprocessors, or threads on the CPU
   int cpu_lanes = 0;  // CPU: float32 lanes of its SIMD kernels (16 AVX-512, 8 AVX2, 0 plain code)
   bool cpu_has_matrix_units = false;  // CPU: 16-bit matrix units (AMX) that torch's matmul uses
 };

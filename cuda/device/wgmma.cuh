@@ -1,6 +1,6 @@
 // clang-format off
 // Written by make_wgmma.py: change that, not this.
-// wgmma m64nNk16 with A (bf16) from registers and B (K-major, swizzled) from shared memory; d float32,
+// wgmma m64nNk16 with A (bf16) from registers and B (K-major, swizzled) from shared memory; float32
 // d = a . b + (accumulate ? d : 0).
 #pragma once
 #include <cstdint>
