@@ -114,8 +114,8 @@ class LoRA:
         use_dora: a learned magnitude per output feature, see lora_dora.py.
         init_lora_weights: True, "gaussian" or False, see LoRAAdapter; "pissa", "pissa_niter_<n>",
             "olora", "loftq", see lora_init.py.
-        bias: which biases train: "none", "all" of the model, or "lora_only" those of the wrapped
-            layers.
+        bias: which of the base's biases train. peft's "all" and "lora_only" are known words, but
+            attach takes "none" alone: the base stays as it is, so that it can come back.
         rank_pattern, alpha_pattern: {name or regular expression: value} that override r and
             lora_alpha per module.
         exclude_modules: names or one regular expression that are left out.

@@ -7,7 +7,8 @@ PiSSA (Meng et al. 2024) and OLoRA (Buyukakyuz 2024) train the leading part of W
 W is left as it is and the second form is computed, an operator of rank 2 R with A0, B0 frozen (the
 "anchor"). The gradients are those of the first form; the bare base, other adapters and detach need
 no copy of W, and any format will do. A file holds [A; A0] and [B, -B0] as a LoRA of rank 2 R, the
-form that peft converts such adapters to.
+form that peft converts such adapters to. Loaded, it trains as that: an optimizer's state saved
+beside it has the shapes of rank R and fits no more.
 
 LoftQ (Li et al. 2023, one iteration): s B A is the best approximation of rank R of what quantising
 took from W. So it starts when an attached layer is quantised: only then both are known.
