@@ -10,7 +10,7 @@ import tiny
 import torch
 from fastpeft import IA3, LoRA
 from fastpeft.attach import adapter_parameters
-from fastpeft.errors import AdapterError, ConfigError
+from fastpeft.errors import AdapterError, ConfigError, StateError
 from plug import (
     FORMATS,
     assert_checkpoints,
@@ -135,3 +135,32 @@ def test_refusals(tmp_path):
     (tmp_path / "adapter_config.json").write_text(json.dumps(config))
     with pytest.raises(AdapterError, match="layers 0 to 1, the adapter on this model 0 to 2"):
         fastpeft.load_adapter(tiny.llama(layers=3), tmp_path)
+
+
+@pytest.mark.parametrize("format", FORMATS)
+@pytest.mark.parametrize("name", MODELS)
+def test_merge_and_unmerge(name, format):
+    """Beside a LoRA on the same layers, which is off meanwhile."""
+    model = build(name, format)
+    fastpeft.attach(model, LoRA(r=2, target_modules="all-linear"), "lora")
+    fastpeft.attach(model, IA3(), "a")
+    shake(model, "a", 0.3)
+    before, scaled = tiny.fingerprint(model), logits(model)
+    with fastpeft.disabled(model):
+        bare = logits(model)
+    report = fastpeft.merge(model, "a")
+    assert report.errors and report.worst[1] < 1e-6
+    torch.testing.assert_close(logits(model), scaled, atol=2e-5, rtol=2e-5)
+    assert not torch.allclose(bare, scaled, atol=1e-3)
+    fastpeft.unmerge(model)
+    tiny.assert_same(before, tiny.fingerprint(model))
+    assert torch.equal(logits(model), scaled)
+    if format is None or name == "t5":  # T5 keeps its wo dense
+        with pytest.raises(StateError, match="requantize"):
+            fastpeft.merge(model, "a", requantize=True)
+        assert torch.equal(logits(model), scaled)
+        return
+    report = fastpeft.merge(model, "a", requantize=True)
+    assert all(0 <= error < 0.2 for error in report.errors.values()) and report.worst[1] > 1e-3
+    fastpeft.unmerge(model)
+    assert torch.equal(logits(model), scaled)

@@ -11,16 +11,17 @@ attaching does not matter: with a LoRA, l scales x (or y) of both.
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from ..errors import ConfigError, refuse
+from ..errors import ConfigError, StateError, refuse
 from ..patterns import ALL_LINEAR
 from .layers import layer_method
+from .lora_merge import exact_weight, stored_layer
 from .method import register_method
 from .rows import Rows, scale_by_rows
 
@@ -104,6 +105,9 @@ class IA3Linear(nn.Module):
         self.adapters = nn.ModuleDict()
         self.active: tuple[str, ...] = ()
         self.rows: Rows | None = None  # inside fastpeft.adapter_ids
+        self.merged: tuple[str, ...] = ()
+        # what merge() replaced, and where; a tuple, so that it is no child
+        self._kept: tuple[nn.Module, str, nn.Module] | None = None
         self.train(base_layer.training)
 
     def __getattr__(self, name: str) -> Any:
@@ -135,13 +139,68 @@ class IA3Linear(nn.Module):
         """[..., K] -> [..., N], in the base's output dtype."""
         if self.rows is not None:
             return self._by_rows(x, self.rows)
-        vectors = [self.adapters[name].ia3_l for name in self.active]
+        names = () if self.merged else self.active
+        vectors = [self.adapters[name].ia3_l for name in names]
         for vector in (v for v in vectors if v.shape[0] == 1):
             x = (x * vector.flatten()).to(x.dtype)
         y = self.base_layer(x)
         for vector in (v for v in vectors if v.shape[0] != 1):
             y = (y * vector.flatten()).to(y.dtype)
         return y
+
+    def merge(self, name: str, requantize: bool = False) -> float:
+        """Scales rows or columns of the bare layer's weight, exact in float32; the layer as it was
+        is kept for `unmerge`. Other adapters on the layer have to be inactive.
+
+        Returns:
+            Relative error of the stored weight, see LoRALinear.merge.
+
+        Raises:
+            StateError: a vector is merged already; requantize on a dense base.
+        """
+        if self.merged:
+            raise refuse(
+                StateError,
+                "layer",
+                f"{list(self.merged)} merged already",
+                "an unmerged layer",
+                "Call unmerge() first.",
+            )
+        owner, seat = self, self.fastpeft_wraps
+        while hasattr(base := getattr(owner, seat), "fastpeft_wraps"):
+            owner, seat = base, base.fastpeft_wraps
+        exact, bias, dtype = exact_weight(base, requantize, None)
+        vector = self.adapters[name].ia3_l.detach().to(exact.dtype)
+        exact *= vector  # [1, K] or [N, 1]
+        if bias is not None and vector.shape[0] != 1:
+            bias = (bias * vector.flatten()).to(bias.dtype)
+        layer, error = stored_layer(base, exact, bias, requantize, dtype)
+        self._kept, self.merged = (owner, seat, base), (name,)
+        setattr(owner, seat, layer.train(self.training))
+        return error
+
+    def unmerge(self) -> None:
+        """Puts the bare layer back as it was: the very same one.
+
+        Raises:
+            StateError: nothing is merged.
+        """
+        if self._kept is None:
+            raise refuse(
+                StateError,
+                "layer",
+                "unmerge() of an unmerged layer",
+                "a merged one",
+                "Merge first.",
+            )
+        owner, seat, base = self._kept
+        setattr(owner, seat, base)
+        self._kept, self.merged = None, ()
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> IA3Linear:
+        if self._kept is not None:
+            self._kept[2]._apply(fn, recurse)
+        return super()._apply(fn, recurse)
 
     def _by_rows(self, x: Tensor, rows: Rows) -> Tensor:
         vectors = {n: a.ia3_l for n, a in self.adapters.items() if n in rows.names}
@@ -163,7 +222,9 @@ def _add(layer: nn.Module, config: IA3, name: str, module_name: str) -> IA3Linea
     return wrapped
 
 
-_LAYERS = layer_method("ia3", IA3, "IA3", wrapper=IA3Linear, add=_add, outermost=True)
+_LAYERS = layer_method(
+    "ia3", IA3, "IA3", wrapper=IA3Linear, add=_add, mergeable=True, outermost=True
+)
 
 
 def _attach(model: nn.Module, config: IA3, name: str) -> IA3:

@@ -49,6 +49,27 @@ def merged_layer(
         StateError: requantize with a dense base.
         FormatError: requantize to a format that is only read.
     """
+    exact, bias, dtype = exact_weight(base, requantize, dtype)
+    for adapter in adapters:
+        exact += adapter.delta().to(exact.dtype)
+        if adapter.use_dora:
+            g = gain(adapter, base, adapter.low_rank(), exact.dtype).detach()
+            exact *= g.to(exact.dtype)[:, None]
+        if adapter.lora_bias:
+            extra = adapter.lora_B.bias.detach() * adapter.scaling
+            bias = extra.to(dtype) if bias is None else (bias + extra).to(bias.dtype)
+    return stored_layer(base, exact, bias, requantize, dtype)
+
+
+def exact_weight(
+    base: nn.Module, requantize: bool, dtype: torch.dtype | None
+) -> tuple[Tensor, Tensor | None, torch.dtype]:
+    """What a merge starts from: copies of the base's weight [N, K], float32 or wider, and of its
+    bias [N], and the dtype to store in (default: the base's).
+
+    Raises:
+        StateError: requantize with a dense base.
+    """
     quantized = isinstance(base, QuantizedLinear)
     if requantize and not quantized:
         raise refuse(
@@ -60,14 +81,15 @@ def merged_layer(
     exact = base.dequantize(wide) if quantized else weight_of(base).detach().to(wide, copy=True)
     own = getattr(base, "bias", None)
     bias = None if own is None else own.detach().clone()
-    for adapter in adapters:
-        exact += adapter.delta().to(wide)
-        if adapter.use_dora:
-            g = gain(adapter, base, adapter.low_rank(), wide).detach()
-            exact *= g.to(wide)[:, None]
-        if adapter.lora_bias:
-            extra = adapter.lora_B.bias.detach() * adapter.scaling
-            bias = extra.to(dtype) if bias is None else (bias + extra).to(bias.dtype)
+    return exact, bias, dtype
+
+
+def stored_layer(
+    base: nn.Module, exact: Tensor, bias: Tensor | None, requantize: bool, dtype: torch.dtype
+) -> tuple[nn.Module, float]:
+    """The frozen layer of weight `exact` [N, K] and bias [N] in place of `base`, and the relative
+    error of its weight; see merged_layer.
+    """
     if requantize:
         return _requantized(base, exact, bias, dtype)
     weight = exact.to(dtype)
