@@ -1,5 +1,5 @@
-"""transformers loads, saves and trains our layers; bitsandbytes' files and models become ours to
-the bit; a process without the plug-in never takes packed bytes for weights."""
+"""transformers loads, saves and trains our layers; a process without the plug-in never takes packed
+bytes for weights."""
 
 from __future__ import annotations
 
@@ -7,7 +7,6 @@ import copy
 import json
 import subprocess
 import sys
-from pathlib import Path
 
 import fastpeft
 import pytest
@@ -16,94 +15,17 @@ import torch
 import transformers
 from fastpeft.errors import ConfigError, FastPeftError, FormatError, StateError
 from fastpeft.hf import FastPeftConfig, from_bitsandbytes, load_model, save_quantized
-from fastpeft.quant.frozen import QuantizedLinear
+from hf_models import FORMATS, MODELS, dense_folders, layers, logits, same_bytes  # noqa: F401
 from safetensors.torch import load_file, save_file
 from tiny import one_thread  # noqa: F401
-
-transformers.logging.disable_progress_bar()
-VOCABULARY, HIDDEN = tiny.VOCABULARY, tiny.HIDDEN
-
-
-def llama():
-    """As tiny.llama, with sizes that bitsandbytes' CPU kernel can do (multiples of 64)."""
-    config = tiny.llama().config
-    config.intermediate_size = 128
-    return tiny._seeded(transformers.LlamaForCausalLM, config)
-
-
-def bert():
-    config = transformers.BertConfig(
-        hidden_size=HIDDEN,
-        intermediate_size=128,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        vocab_size=VOCABULARY,
-        max_position_embeddings=64,
-        num_labels=3,
-    )
-    return tiny._seeded(transformers.BertForSequenceClassification, config)
-
-
-def t5():
-    config = transformers.T5Config(
-        d_model=HIDDEN,
-        d_kv=16,
-        d_ff=128,
-        num_layers=2,
-        num_heads=4,
-        vocab_size=VOCABULARY,
-        decoder_start_token_id=0,
-    )
-    return tiny._seeded(transformers.T5ForConditionalGeneration, config)
-
-
-MODELS = {"llama": llama, "gpt2": tiny.gpt2, "bert": bert, "t5": t5, "tied": tiny.MODELS["qwen2"]}
-FORMATS = [
-    ("nf4", {}),
-    ("nf4", {"blocksize": 32, "double_quant": False}),
-    ("int8", {"threshold": 0.0}),
-    ("int8", {"threshold": None}),
-]
-
-
-@torch.no_grad()
-def logits(model) -> torch.Tensor:
-    ids = tiny.tokens()
-    extra = {"labels": ids} if model.config.is_encoder_decoder else {}
-    return model(input_ids=ids, **extra).logits
-
-
-@pytest.fixture(scope="module")
-def dense(tmp_path_factory):
-    """dense("gpt2"): the folder of that model in float32."""
-    root, made = tmp_path_factory.mktemp("dense"), {}
-
-    def folder(name: str) -> Path:
-        if name not in made:
-            MODELS[name]().save_pretrained(root / name)
-            made[name] = root / name
-        return made[name]
-
-    return folder
-
-
-def layers(model) -> dict[str, QuantizedLinear]:
-    return {name: m for name, m in model.named_modules() if isinstance(m, QuantizedLinear)}
-
-
-def same_bytes(first, second) -> None:
-    """Equal state dicts, to the bit."""
-    ours, theirs = first.state_dict(), second.state_dict()
-    assert set(ours) == set(theirs)
-    for name, value in ours.items():
-        assert value.dtype == theirs[name].dtype and torch.equal(value, theirs[name]), name
-
 
 # ---- loading and saving
 
 
-@pytest.mark.parametrize("name", list(MODELS))
-@pytest.mark.parametrize(("format", "options"), FORMATS)
+@pytest.mark.parametrize(
+    ("name", "format", "options"),
+    [("llama", *f) for f in FORMATS] + [(m, *f) for m in list(MODELS)[1:] for f in FORMATS[::3]],
+)
 def test_loading_quantises_and_the_saved_folder_gives_the_same_model(
     name, format, options, dense, tmp_path
 ):
@@ -206,93 +128,6 @@ def test_without_the_plug_in_our_folder_is_an_error(dense, tmp_path):
     folders = [str(dense("llama")), str(tmp_path / "nf4"), str(tmp_path / "int8")]
     done = subprocess.run([sys.executable, "-c", _PLAIN, *folders], capture_output=True, text=True)
     assert done.stdout.split() == ["loaded", "failed", "failed"], done.stdout + done.stderr[-500:]
-
-
-# ---- bitsandbytes
-
-BNB = [
-    {"load_in_4bit": True, "bnb_4bit_quant_type": "nf4", "bnb_4bit_use_double_quant": True},
-    {"load_in_4bit": True, "bnb_4bit_quant_type": "nf4"},
-    {"load_in_4bit": True, "bnb_4bit_quant_type": "fp4", "bnb_4bit_use_double_quant": True},
-    {"load_in_8bit": True, "llm_int8_threshold": 4.0},
-]
-
-
-def is_foreign(model) -> bool:
-    return any(type(m).__module__.startswith("bitsandbytes") for m in model.modules())
-
-
-@pytest.mark.parametrize(
-    ("name", "options"),
-    [("llama", o) for o in BNB]
-    + [("gpt2", o) for o in BNB[::3]]
-    + [("bert", BNB[0]), ("bert", BNB[3]), ("tied", BNB[0])],
-)
-def test_bitsandbytes_becomes_ours_bit_for_bit_and_back(name, options, dense, tmp_path):
-    pytest.importorskip("bitsandbytes")
-    kind = type(MODELS[name]())
-    config = transformers.BitsAndBytesConfig(**options)
-    theirs = kind.from_pretrained(dense(name), quantization_config=config)
-    theirs.save_pretrained(tmp_path / "theirs")
-    stored = {k: v.clone() for k, v in theirs.state_dict().items()}
-
-    from_folder = from_bitsandbytes(tmp_path / "theirs")
-    in_memory = from_bitsandbytes(theirs)
-    assert in_memory is theirs and not is_foreign(theirs) and not is_foreign(from_folder)
-    for model in (from_folder, in_memory):
-        assert layers(model) and set(model.state_dict()) == set(stored)
-        for key, value in model.state_dict().items():
-            assert value.dtype == stored[key].dtype and torch.equal(value, stored[key]), key
-        if "load_in_8bit" in options:
-            assert {layer.threshold for layer in layers(model).values()} == {4.0}
-    assert torch.equal(logits(from_folder), logits(in_memory))
-
-    save_quantized(in_memory, tmp_path / "ours", save_as="bitsandbytes")
-    assert in_memory.config.quantization_config.quant_method == "fastpeft"  # as before
-    again = kind.from_pretrained(tmp_path / "ours")
-    original = kind.from_pretrained(tmp_path / "theirs")
-    assert is_foreign(again) and is_foreign(original)
-    assert {n for n, m in again.named_modules() if type(m).__module__[:5] == "bitsa"} == {
-        n for n, m in original.named_modules() if type(m).__module__[:5] == "bitsa"
-    }
-    same_bytes(again, original)
-    if name in ("llama", "gpt2"):  # its CPU kernel wants other sizes than the others have
-        assert torch.equal(logits(again), logits(original))
-
-
-def test_fp4_weights_are_those_of_bitsandbytes(dense):
-    functional = pytest.importorskip("bitsandbytes.functional")
-    config = transformers.BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="fp4")
-    model = transformers.LlamaForCausalLM.from_pretrained(
-        dense("llama"), quantization_config=config
-    )
-    weight = model.model.layers[0].mlp.up_proj.weight
-    expected = functional.dequantize_4bit(weight.data, weight.quant_state)
-    layer = from_bitsandbytes(model).model.layers[0].mlp.up_proj
-    assert layer.format == "fp4" and torch.equal(layer.dequantize(), expected)
-
-
-def test_models_bitsandbytes_has_repacked_are_refused(dense):
-    pytest.importorskip("bitsandbytes")
-    config = transformers.BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4")
-    model = transformers.LlamaForCausalLM.from_pretrained(
-        dense("llama"), quantization_config=config
-    )
-    state = model.model.layers[0].mlp.up_proj.weight.quant_state
-    state.packing_format_for_cpu = True  # what its CPU kernel leaves where the CPU has AVX-512
-    with pytest.raises(StateError, match="before the first forward pass"):
-        from_bitsandbytes(model)
-    assert is_foreign(model) and not layers(model)
-
-
-def test_a_quantised_model_of_our_own_saves_as_either(dense, tmp_path):
-    model = transformers.LlamaForCausalLM.from_pretrained(dense("llama"))
-    fastpeft.quantize(model, "int8", threshold=None)
-    with pytest.raises(FormatError, match="threshold"):
-        save_quantized(model, tmp_path / "bnb", save_as="bitsandbytes")
-    save_quantized(model, tmp_path / "ours")
-    assert not hasattr(model.config, "quantization_config") and not hasattr(model, "hf_quantizer")
-    same_bytes(load_model(tmp_path / "ours"), model)
 
 
 # ---- Trainer, peft, generate

@@ -13,7 +13,7 @@ import transformers
 from fastpeft.cli import main
 from fastpeft.hf import load_model
 from fastpeft.patterns import is_quantized
-from test_hf import bert, t5
+from hf_models import bert, t5
 from tiny import one_thread  # noqa: F401
 from tiny_lm import TEXT, save_tiny
 

@@ -14,6 +14,7 @@ from fastpeft.attach import state_of
 from fastpeft.copies import TrainedCopy
 from fastpeft.distributed import keep_local
 from fastpeft.errors import ConfigError, StateError, refuse
+from fastpeft.folders import SavedAs
 from fastpeft.patterns import Place, is_quantized, linear_places, places
 from fastpeft.quant.format import FORMATS
 from fastpeft.quant.linear import Linear4bit, Linear8bit
@@ -92,6 +93,8 @@ def quantize(
 
     Embeddings, layers that share their weight with another module, heads in `skip` and what is no
     linear layer stay as they are; expert weights kept as 3-D parameters are named in a warning.
+    A transformers model is saved by its save_pretrained as a bitsandbytes folder
+    (fastpeft/folders.py).
     Layer by layer, so that the peak is one dense layer above what the model needs anyway.
 
     Args:
@@ -131,6 +134,8 @@ def quantize(
         show(len(report.converted), total, name)
     report.bytes_after = tensor_bytes(model)
     keep_local(model)
+    if report.converted and hasattr(model, "save_pretrained") and hasattr(model, "config"):
+        model.config.quantization_config = SavedAs(model)
     return report
 
 

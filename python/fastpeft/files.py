@@ -236,6 +236,7 @@ def replace_folder(path: Path, fill: Callable[[Path], None], overwrite: bool = F
         beside.chmod(0o777 & ~umask)  # mkdtemp makes it private
         fill(beside)
         for file in [file for file in beside.rglob("*") if file.is_file()]:
+            file.chmod(0o666 & ~umask)  # safetensors writes private files
             with open(file, "rb+") as opened:
                 os.fsync(opened.fileno())
         _flush_folder(beside)

@@ -13,20 +13,24 @@ The tensors have bitsandbytes' names and bytes either way. `quantization_config`
 
 from __future__ import annotations
 
-import json
+import copy
 import re
+import weakref
 from collections.abc import Iterable, Mapping
 from contextlib import ExitStack
 from pathlib import Path
 from types import TracebackType
 from typing import Any
 
-from torch import Tensor
+import torch
+from torch import Tensor, nn
 
 from fastpeft.errors import FormatError, refuse
+from fastpeft.patterns import is_quantized, linear_places
 from fastpeft.quant.format import FORMATS
 
 METHOD = "fastpeft"
+THRESHOLD = "fastpeft_threshold"  # in a bitsandbytes config: null for weight-only int8
 _FOUR_BIT = re.compile(r"(.+)\.weight\.quant_state\.bitsandbytes__(\w+)")
 _INT8 = re.compile(r"(.+)\.SCB")
 
@@ -106,7 +110,7 @@ def quantization_config(folder: Path) -> dict[str, Any] | None:
 
 
 def bitsandbytes_config(
-    layers: Mapping[str, Any], dense: Iterable[str], dtype: str
+    layers: Mapping[str, Any], dense: Iterable[str], dtype: str, strict: bool = True
 ) -> dict[str, Any]:
     """The `quantization_config` by which bitsandbytes loads these layers.
 
@@ -114,19 +118,21 @@ def bitsandbytes_config(
         layers: {name: Linear4bit or Linear8bit}, not empty, all of one format.
         dense: full names of the linear layers that stay dense.
         dtype: "float32", "bfloat16" or "float16": what bitsandbytes computes in.
+        strict: refuse int8 weights under activations that are never quantised (threshold None);
+            otherwise bitsandbytes is told 0 and `THRESHOLD` tells us.
 
     Raises:
-        FormatError: bitsandbytes knows no word for it: mixed formats, or int8 weights under
-            activations that are never quantised (threshold None).
+        FormatError: bitsandbytes knows no word for it.
     """
     kinds = {(layer.format, getattr(layer, "threshold", 6.0)) for layer in layers.values()}
     (format, threshold), *others = kinds
-    if others or threshold is None:
+    if others or (threshold is None and strict):
         what = "layers of several kinds" if others else "int8 weights without a threshold"
         advice = "Save it as 'fastpeft', or quantise with a threshold (0: no outliers)."
         raise refuse(FormatError, "model", what, "what bitsandbytes can express", advice)
     first = next(iter(layers.values()))
-    return {
+    told = {THRESHOLD: None} if threshold is None else {}
+    return told | {
         "quant_method": "bitsandbytes",
         "load_in_4bit": format != "int8",
         "load_in_8bit": format == "int8",
@@ -136,28 +142,48 @@ def bitsandbytes_config(
         "bnb_4bit_quant_type": format if format != "int8" else "nf4",
         "bnb_4bit_use_double_quant": format != "int8" and first.double_quant,
         "bnb_4bit_quant_storage": "uint8",
-        "llm_int8_threshold": float(threshold),
+        "llm_int8_threshold": float(threshold or 0.0),
         "llm_int8_skip_modules": sorted(dense),
         "llm_int8_enable_fp32_cpu_offload": False,
         "llm_int8_has_fp16_weight": False,
     }
 
 
-def model_files(folder: Path) -> list[Path]:
-    """The weight files of a model folder, in the index's order if there is one.
-
-    Raises:
-        FormatError: there is none, or one of the index is missing.
+class SavedAs:
+    """The `quantization_config` of a model that `fastpeft.quantize` has changed, told when its
+    config is written: a plain save_pretrained then gives a bitsandbytes folder, never int8 codes
+    that pass for a dense weight. A copy is what it would tell now (a dictionary), or None.
     """
-    index = folder / "model.safetensors.index.json"
-    if index.is_file():
-        names = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
-    else:
-        names = ["model.safetensors"]
-    files = [folder / Path(name).name for name in names]
-    missing = [file.name for file in files if not file.is_file()]
-    if missing:
-        raise refuse(
-            FormatError, f"folder '{folder}'", f"no {missing[0]}", "one", "Save the model again."
-        )
-    return files
+
+    quant_method = "bitsandbytes"
+
+    def __init__(self, model: nn.Module) -> None:
+        self._model = weakref.ref(model)
+
+    def to_dict(self) -> dict[str, Any] | None:
+        """What to write for the model as it is now."""
+        model = self._model()
+        if model is None:
+            return None
+        found = [(place.name, place.module) for place in linear_places(model)]
+        layers = {name: module for name, module in found if is_quantized(module)}
+        if not layers:
+            return None
+        dense = [name for name, module in found if name not in layers]
+        dtype = str(getattr(model, "dtype", torch.float32)).removeprefix("torch.")
+        return bitsandbytes_config(layers, dense, dtype, strict=False)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> dict[str, Any] | None:
+        told = self.to_dict()
+        return None if told is None else Told(told)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return copy.copy, (self.__deepcopy__({}),)
+
+
+class Told(dict[str, Any]):
+    """A `quantization_config` that no longer follows a model; both kinds of readers can ask it."""
+
+    def to_dict(self) -> dict[str, Any]:
+        """The plain dictionary."""
+        return dict(self)

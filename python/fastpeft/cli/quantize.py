@@ -115,5 +115,7 @@ def command(
         errors = {name: dataclasses.asdict(e) for name, e in result["errors"].items()}
         as_json({**result, "errors": errors})
         return
-    Console(highlight=False, markup=False, soft_wrap=True).print(error_table(result["errors"]))
+    grid, console = error_table(result["errors"]), Console(highlight=False, markup=False)
+    # Never cut a name short, however narrow the terminal.
+    console.print(grid, width=max(console.width, console.measure(grid).maximum))
     table(summary_rows(result), title="")

@@ -11,7 +11,7 @@ from typing import Any
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from fastpeft.errors import ConfigError, refuse
-from fastpeft.folders import METHOD
+from fastpeft.folders import METHOD, THRESHOLD
 from fastpeft.quant.format import FORMATS, check_blocksize
 from fastpeft.quant.linear import check_threshold
 
@@ -64,7 +64,8 @@ class FastPeftConfig(QuantizationConfigMixin):
     def from_bitsandbytes(cls, config: Mapping[str, Any]) -> FastPeftConfig:
         """The same said by a bitsandbytes `quantization_config` (a dictionary of config.json)."""
         if config.get("load_in_8bit") or config.get("_load_in_8bit"):
-            return cls("int8", threshold=config.get("llm_int8_threshold", 6.0), skip=())
+            threshold = config.get("llm_int8_threshold", 6.0)
+            return cls("int8", threshold=config.get(THRESHOLD, threshold), skip=())
         # The defaults are bitsandbytes'.
         double = config.get("bnb_4bit_use_double_quant", False)
         return cls(config.get("bnb_4bit_quant_type", "fp4"), double_quant=double, skip=())
