@@ -7,7 +7,7 @@ import plug
 import pytest
 import tiny
 import torch
-from fastpeft import IA3, Bottleneck, LoRA, Prefix
+from fastpeft import IA3, Bottleneck, LoRA, Prefix, Prompt
 from fastpeft.attach import adapter_parameters
 from fastpeft.errors import AdapterError, StateError
 from tiny import one_thread  # noqa: F401
@@ -32,7 +32,8 @@ def build(name: str = "llama", format: str | None = None, **options) -> nn.Modul
 
 
 def forward(model: nn.Module, ids: torch.Tensor) -> torch.Tensor:
-    extra = {"decoder_input_ids": ids} if hasattr(model, "decoder") else {}
+    encodes = getattr(model.config, "is_encoder_decoder", False)
+    extra = {"decoder_input_ids": ids} if encodes else {}
     return model(input_ids=ids, **extra).logits
 
 
@@ -109,6 +110,47 @@ def test_ia3_and_lora_in_one_batch():
     torch.testing.assert_close(mixed, wanted, atol=2e-5, rtol=1e-4)
     with fastpeft.disabled(model):
         assert torch.equal(forward(model, text)[2], mixed[2])
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("name", ["llama", "bert", "t5"])
+def test_bottleneck_adapters_and_lora_in_one_batch(name):
+    """Norms before and after the sum; adapters that read the residual stream and such that do
+    not."""
+    model, text = plug.build(name, "nf4"), tiny.tokens(6)
+    fastpeft.attach(model, Bottleneck.houlsby(reduction_factor=8), "houlsby")
+    fastpeft.attach(model, Bottleneck.pfeiffer(reduction_factor=4), "pfeiffer")
+    fastpeft.attach(model, Bottleneck.parallel(reduction_factor=8, leave_out=[0]), "parallel")
+    fastpeft.attach(model, LoRA(r=4), "lora")
+    for seed, adapter in enumerate(fastpeft.adapters(model)):
+        tiny.shake(adapter_parameters(model, adapter).values(), std=0.3, seed=seed)
+    names = ["pfeiffer", "houlsby", None, "lora", "parallel", "houlsby"]
+    wanted = alone(model, text, names)
+    for active in ("pfeiffer", None):  # neither leaves a trace
+        fastpeft.activate(model, active)
+        before = forward(model, text)
+        with fastpeft.adapter_ids(model, names):
+            mixed = forward(model, text)
+        torch.testing.assert_close(mixed, wanted, atol=5e-5, rtol=1e-4)
+        assert torch.equal(forward(model, text), before)
+    for row, adapter in enumerate(names):  # the last one active was none
+        assert torch.equal(mixed[row], before[row]) == (adapter is None), row
+    with fastpeft.adapter_ids(model, ["houlsby"] * 6):
+        mixed = forward(model, text)
+    fastpeft.activate(model, "houlsby")
+    assert torch.equal(forward(model, text), mixed)
+
+
+def test_a_missing_norm_is_for_the_whole_batch():
+    model, text = plug.build("bert"), tiny.tokens(2)
+    fastpeft.attach(model, Bottleneck.pfeiffer(), "keeps")
+    fastpeft.attach(model, Bottleneck.pfeiffer(original_ln_after=False), "drops")
+    before = forward(model, text)
+    words = r"adapter 'drops' in adapter_ids: got original_ln_after=False.*activate\(model, 'drops'"
+    with pytest.raises(StateError, match=words), fastpeft.adapter_ids(model, ["keeps", "drops"]):
+        pytest.fail("the block was entered")
+    assert fastpeft.adapters(model).active == ("drops",)
+    assert torch.equal(forward(model, text), before)
 
 
 @torch.no_grad()
@@ -280,11 +322,11 @@ def test_what_cannot_share_a_batch():
         pass
     model = build()
     fastpeft.attach(model, Prefix(num_virtual_tokens=3), "prefix")
-    fastpeft.attach(model, Bottleneck.pfeiffer(), "bottleneck")
+    fastpeft.attach(model, Prompt(num_virtual_tokens=3), "prompt")
     fastpeft.attach(model, LoRA(r=2, modules_to_save=["model.norm"]), "saves")
     for name, words in (
         ("prefix", r"adapter 'prefix' in adapter_ids: got method prefix, expected one of .*lora"),
-        ("bottleneck", r"adapter 'bottleneck' in adapter_ids: got method bottleneck"),
+        ("prompt", r"adapter 'prompt' in adapter_ids: got method prompt"),
         ("saves", r"modules_to_save: 'model.norm.weight'.*activate\(model, 'saves'\)"),
     ):
         with pytest.raises(StateError, match=words), fastpeft.adapter_ids(model, ["a", name]):

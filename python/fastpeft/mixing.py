@@ -35,9 +35,10 @@ def adapter_ids(model: nn.Module, ids: Iterable[str | int | None] | Tensor) -> I
             model.generate(input_ids)                       # input_ids [3, L]
 
     Equal, up to rounding, to running each row alone with its adapter active; the base is computed
-    once for all rows. For LoRA and IA3 (also mixed in one batch). Gradient flags stay as they are:
-    activate(model, names) of all in the batch before makes all of them train. A checkpointed
-    forward pass runs again in backward(), which has to be inside the block then.
+    once for all rows. For LoRA, IA3 and bottleneck adapters, also mixed in one batch. Gradient
+    flags stay as they are: activate(model, names) of all in the batch before makes all of them
+    train. A checkpointed forward pass runs again in backward(), which has to be inside the block
+    then.
 
     Args:
         model: with adapters attached.
@@ -48,7 +49,7 @@ def adapter_ids(model: nn.Module, ids: Iterable[str | int | None] | Tensor) -> I
     Raises:
         AdapterError: an id that is no adapter, or another number of ids than the batch has rows
             (raised by the model's forward); StateError: an adapter is merged, or a named one cannot
-            share a batch: its method changes more than single rows of linear layers, or it has
+            share a batch: its method changes more than rows of a layer's output, or it has
             modules_to_save.
     """
     state = state_of(model)
@@ -59,10 +60,10 @@ def adapter_ids(model: nn.Module, ids: Iterable[str | int | None] | Tensor) -> I
     for name in dict.fromkeys(name for name in names if name is not None):
         _check_mixes(model, state, name)
     before = state.active, state.rows
-    switch(model, state, (), Rows(names))
-    state.active = ()
     hook = model.register_forward_pre_hook(_check_batch(len(names)), with_kwargs=True)
     try:
+        switch(model, state, (), Rows(names))
+        state.active = ()
         yield model
     finally:
         hook.remove()
@@ -108,7 +109,7 @@ def _check_mixes(model: nn.Module, state: State, name: str) -> None:
             StateError,
             f"adapter '{name}' in adapter_ids",
             f"method {method.name}",
-            f"one of {able}: others act on more than single rows of linear layers",
+            f"one of {able}: others act on more than single rows of a layer's output",
             f"Run its rows alone, with activate(model, '{name}').",
         )
     saved = list(copies.copy_parameters(model, name))

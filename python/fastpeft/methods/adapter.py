@@ -45,6 +45,7 @@ from .adapter_files import FILES
 from .adapter_seats import adapted, leave_seats, take_seats
 from .adapter_sites import SLOTS, Layer, Site, find_layers, layer_kinds
 from .method import Method, register_method
+from .rows import Rows
 
 __all__ = ["Bottleneck", "BottleneckAdapter"]
 
@@ -316,6 +317,11 @@ def _activate(model: nn.Module, names: tuple[str, ...]) -> None:
         seat.set_active(tuple(name for name in names if name in seat.adapters))
 
 
+def _mix(model: nn.Module, rows: Rows | None) -> None:
+    for _, seat in adapted(model):
+        seat.set_rows(rows)
+
+
 def _parameters(model: nn.Module, adapter: str) -> dict[str, nn.Parameter]:
     return {
         f"{place.name}.{key}": parameter
@@ -333,6 +339,7 @@ register_method(
         _detach,
         _activate,
         _parameters,
+        mix=_mix,
         files=FILES,
     )
 )

@@ -14,8 +14,10 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from ..errors import StateError, refuse
 from ..patterns import Place, places
 from .adapter_sites import Layer, Site
+from .rows import Rows
 
 
 class Box:
@@ -116,6 +118,7 @@ class Adapted(_Around):
         self.key = key
         self.ends_in_norm = ends_in_norm
         self.active: tuple[str, ...] = ()
+        self.rows: Rows | None = None  # inside fastpeft.adapter_ids
 
     def set_active(self, names: tuple[str, ...]) -> None:
         """Which adapters of those here take part, in this order."""
@@ -124,10 +127,32 @@ class Adapted(_Around):
         keeps_sum = not chosen or chosen[-1].config.original_ln_after or self.ends_in_norm
         self.box.wants_stream = not keeps_sum or any(a.reads_stream for a in chosen)
 
+    def set_rows(self, rows: Rows | None) -> None:
+        """Which of them take part by row of the batch, beside none that is active; None ends that.
+
+        Raises:
+            StateError: one of them replaces the norm behind the sum, which is for all rows.
+        """
+        chosen = [(n, a) for n, a in self.adapters.items() if rows is not None and n in rows.names]
+        for name, adapter in chosen:
+            if self.ends_in_norm and not adapter.config.original_ln_after:
+                raise refuse(
+                    StateError,
+                    f"adapter '{name}' in adapter_ids",
+                    "original_ln_after=False, which leaves out the model's norm for a whole batch",
+                    "an adapter that keeps it",
+                    f"Run its rows alone, with activate(model, '{name}').",
+                )
+        self.rows = rows
+        if rows is not None:
+            self.box.wants_stream = any(
+                a.reads_stream or not a.config.original_ln_after for _, a in chosen
+            )
+
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """What the sub-layer returns, with h [..., K] replaced."""
         output = self.wrapped(*args, **kwargs)
-        if not self.active:
+        if not self.active and self.rows is None:
             return output
         if isinstance(output, tuple):
             return (self._adapt(output[0]), *output[1:])
@@ -135,10 +160,23 @@ class Adapted(_Around):
 
     def _adapt(self, h: Tensor) -> Tensor:
         stream = self.box.take_stream()
+        if self.rows is None:
+            return self._through(self.active, h, stream)
+        y = h
+        for name, index in self.rows.groups(self.adapters, h):
+            if index is None:
+                return self._through((name,), h, stream)
+            beside = None if stream is None else stream.index_select(0, index)
+            own = self._through((name,), h.index_select(0, index), beside)
+            y = y.index_copy(0, index, own)
+        return y
+
+    def _through(self, names: tuple[str, ...], h: Tensor, stream: Tensor | None) -> Tensor:
+        """h after these adapters."""
         out = h
-        for name in self.active:
+        for name in names:
             out = self.adapters[name].step(out, stream, self.box.norm)
-        if self.adapters[self.active[-1]].config.original_ln_after:
+        if self.adapters[names[-1]].config.original_ln_after:
             return out.to(h.dtype)
         if self.ends_in_norm:  # neither sum nor norm: the norm's seat says so
             self.box.result = out.to(h.dtype)
