@@ -196,6 +196,25 @@ def test_bias_and_half_precision():
     assert error <= 2 * same, (error, same)
 
 
+@torch.no_grad()
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("format", [None, "nf4"])
+def test_rows_on_a_gpu(cuda, format, dtype):
+    """As far from the CPU's float32 as the rows alone are, and the base's rows bit for bit."""
+    model, text = build(format=format), tiny.tokens(len(IDS))
+    truth = alone(model, text)
+    model, text = model.to(cuda, dtype), text.to(cuda)
+    wanted = alone(model, text)
+    with fastpeft.disabled(model):
+        base = forward(model, text)
+    with fastpeft.adapter_ids(model, IDS):
+        mixed = forward(model, text)
+    error, same = (mixed.cpu() - truth).abs().max(), (wanted.cpu() - truth).abs().max()
+    assert error <= 2 * same + 1e-4, (error, same)
+    for row, adapter in enumerate(IDS):
+        assert torch.equal(mixed[row], base[row]) == (adapter is None), row
+
+
 @pytest.mark.parametrize("reentrant", [None, False])
 @pytest.mark.parametrize("format", [None, "nf4"])
 def test_gradients_are_the_sum_of_the_rows_alone(format, reentrant):
