@@ -8,9 +8,11 @@ again. The processes are fresh so that each one's peak memory is its own.
 from __future__ import annotations
 
 import json
+import os
 import statistics
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Iterable
 from difflib import get_close_matches
@@ -26,7 +28,8 @@ from .reporter import Reporter
 
 COMMON: dict[str, Any] = {
     "model": "smollm2",
-    "data": ["kjv:*,-Obadiah"],
+    # the other minor prophets: 38,000 tokens, so that a row starts quickly
+    "data": ["kjv:Hosea,Joel,Amos,Jonah,Micah,Nahum,Habakkuk,Zephaniah,Haggai,Zechariah,Malachi"],
     "heldout": ["kjv:Obadiah"],
     "steps": 12,
     "seq_len": 512,
@@ -119,7 +122,10 @@ def compare(
 
     reporter, output = reporter or Reporter(), Path(output)
     names = choose(methods)
-    asked = {name: row_entries(name, changes or {}) for name in names}
+    changes = dict(changes or {})
+    asked = {name: row_entries(name, changes) for name in names}
+    changes["dtype"] = _dtype(output, asked[names[0]])
+    asked = {name: row_entries(name, changes) for name in names}
     results = []
     for index, name in enumerate(names, 1):
         folder = output / name
@@ -134,6 +140,18 @@ def compare(
     title = f"{first['model']}, {first['steps']} steps of {first['seq_len']} tokens"
     draw_comparison(results, output / "comparison.png", title)
     return results
+
+
+def _dtype(output: Path, entries: dict[str, Any]) -> str:
+    """One dtype for all rows, those measured earlier included: "auto" is a matter of timing."""
+    from .base import pick_device, pick_dtype
+
+    dtype, device = entries.get("dtype", "auto"), entries.get("device", "auto")
+    for path in sorted(output.glob("*/row.yaml")) if dtype == "auto" else ():
+        row = yaml.safe_load(path.read_text(encoding="utf-8"))
+        if row.get("device", "auto") == device:
+            return row["dtype"]
+    return str(pick_dtype(dtype, pick_device(device))).removeprefix("torch.")
 
 
 def _is_done(folder: Path, entries: dict[str, Any]) -> bool:
@@ -182,11 +200,25 @@ def _pass_on(path: Path, seen: int, reporter: Reporter) -> int:
     return len(rows)
 
 
+def _end_with_parent() -> None:
+    """Ends this process when the one that started it is gone (killed, say): left alone it would
+    write into a row that a new comparison measures."""
+    parent = os.getppid()
+
+    def watch() -> None:
+        while os.getppid() == parent:
+            time.sleep(1.0)
+        os._exit(1)
+
+    threading.Thread(target=watch, daemon=True).start()
+
+
 def run_row(folder: str | Path) -> None:
     """The work of a row's process: trains (or only quantises) as row.yaml says, writes
     result.json."""
     from .run import measure_base, train
 
+    _end_with_parent()
     folder = Path(folder)
     entries = yaml.safe_load((folder / "row.yaml").read_text(encoding="utf-8"))
     recipe: Recipe = resolve({k: v for k, v in entries.items() if v is not None})

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import ctypes
+import gc
 import os
 import sys
 from pathlib import Path
@@ -23,9 +25,15 @@ def memory_bytes(device: torch.device) -> int:
 def reset_peak(device: torch.device) -> None:
     """Lets the peak begin at what is in use now. On the CPU Linux alone can: elsewhere the peak
     stays that of the whole process."""
+    gc.collect()
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
         return
+    # The C library keeps freed memory, such as the dense weights of a base that was quantised
+    # since; it would count as resident.
+    trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
+    if trim is not None:
+        trim(0)
     try:
         Path("/proc/self/clear_refs").write_text("5")  # 5: the peak of the resident set
     except OSError:
