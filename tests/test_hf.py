@@ -103,6 +103,21 @@ def test_skip_and_dense_heads(dense):
     assert type(model.model.layers[1].mlp.down_proj) is torch.nn.Linear
 
 
+def test_an_accelerate_hook_goes_over_to_the_layer():
+    """A model spread over several GPUs has one on every module."""
+    hooks = pytest.importorskip("accelerate.hooks")
+    from fastpeft.hf.quantizer import Pending, _with_hook
+
+    seat = Pending(torch.nn.Linear(64, 32), None)
+    hooks.add_hook_to_module(seat, hooks.AlignDevicesHook(execution_device="cpu"))
+    layer = seat.finish("x", FastPeftConfig("nf4"))
+    x = torch.randn(3, 64)
+    expected = layer(x)
+    moved = _with_hook(layer, seat)
+    assert moved is layer and layer._hf_hook.execution_device == "cpu"
+    assert not hasattr(seat, "_hf_hook") and torch.equal(layer(x), expected)
+
+
 # ---- the trap: a process that has not imported the plug-in
 
 _PLAIN = """

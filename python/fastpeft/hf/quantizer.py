@@ -24,12 +24,16 @@ from fastpeft.convert import QuantizeReport, choose
 from fastpeft.errors import ConfigError, FormatError, refuse
 from fastpeft.folders import Checkpoint, packed_layers
 from fastpeft.patterns import linear_places
+from fastpeft.quant.format import FORMATS
 from fastpeft.quant.frozen import QuantizedLinear
 from fastpeft.quant.linear import Linear4bit, Linear8bit
 from fastpeft.quant.tensor import QuantizedTensor, quantize_tensor
 from fastpeft.transposed import is_conv1d
 
 from .config import FastPeftConfig
+
+# What lies beside the codes of a packed layer.
+_BESIDE = {rf"\.{re.escape(key)}$" for f in FORMATS.values() for key in f.keys(True)[1:]}
 
 
 class Pending(nn.Linear):
@@ -192,10 +196,9 @@ class FastPeftQuantizer(HfQuantizer):
                 )
             place.put(Pending(place.module, checkpoint.packed(layer, format)))
             self.report.converted.append(place.name)
-        shared = {f"{name}.{key}" for name in layers for key in _beside(checkpoint.names, name)}
-        ignored = {rf"(^|\.){re.escape(name)}$" for name in shared}
+        # Read above; transformers need not wonder. Of this model, not its class.
         known = set(getattr(model, "_keys_to_ignore_on_load_unexpected", None) or ())
-        model._keys_to_ignore_on_load_unexpected = known | ignored  # of this model, not its class
+        model._keys_to_ignore_on_load_unexpected = known | _BESIDE
 
     def _process_model_after_weight_loading(self, model: nn.Module, **kwargs: Any) -> nn.Module:
         for name, seat in list(model.named_modules()):
@@ -244,16 +247,6 @@ class FastPeftQuantizer(HfQuantizer):
     def is_compileable(self) -> bool:
         """The operators have fakes: generate may compile."""
         return True
-
-
-def _beside(names: list[str], layer: str) -> list[str]:
-    """What belongs to a packed layer beside its codes and bias."""
-    start = f"{layer}."
-    return [
-        rest
-        for name in names
-        if name.startswith(start) and (rest := name[len(start) :]) not in ("weight", "bias")
-    ]
 
 
 def _with_hook(layer: nn.Module, seat: nn.Module) -> nn.Module:
