@@ -8,10 +8,9 @@ namespace fastpeft {
 
 namespace {
 
-// What csrc/cpu/blocked.cpp serves: 4-bit, scales in column order, computed in float32.
+// What csrc/cpu/blocked.cpp serves: every packed format, computed in float32.
 bool cpu_simd_serves(const Problem& p) {
-  return p.cpu_lanes > 0 && is_4bit(p.format) && scales_by_column(p.K, p.blocksize) &&
-         p.dtype != DType::kFloat64;
+  return p.cpu_lanes > 0 && p.format != Format::kDense && p.dtype != DType::kFloat64;
 }
 
 // What cuda/qlinear_skinny_*.cu serve (aligned pointers aside).

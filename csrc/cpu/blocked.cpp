@@ -193,8 +193,6 @@ int64_t grain_strips(int64_t weights_per_strip, int64_t M) {
   return ceil_div<int64_t>(131072, weights_per_strip * (M + 3));
 }
 
-}  // namespace
-
 void few_tokens_fwd(const SimdKernels& k, const QLinearFwdParams& p) {
   const int64_t M = p.M, N = p.w.N, K = p.w.K, R = p.s ? p.R : 0;
   const int64_t Kp = round_up<int64_t>(K, kTileK);
@@ -305,6 +303,16 @@ void many_tokens_dgrad(const SimdKernels& k, const QLinearDgradParams& p) {
                       panels + i / k.panel * product.sub_stride() + r * k.panel);
         }
       });
+}
+
+}  // namespace
+
+void tokens_fwd(const SimdKernels& k, const QLinearFwdParams& p) {
+  p.M <= kMaxFewTokens ? few_tokens_fwd(k, p) : many_tokens_fwd(k, p);
+}
+
+void tokens_dgrad(const SimdKernels& k, const QLinearDgradParams& p) {
+  p.M <= kMaxFewTokens ? few_tokens_dgrad(k, p) : many_tokens_dgrad(k, p);
 }
 
 }  // namespace fastpeft::cpu

@@ -5,9 +5,8 @@
 
 namespace fastpeft::cpu {
 
-void few_tokens_fwd(const SimdKernels& k, const QLinearFwdParams& p);
-void few_tokens_dgrad(const SimdKernels& k, const QLinearDgradParams& p);
-void many_tokens_fwd(const SimdKernels& k, const QLinearFwdParams& p);
-void many_tokens_dgrad(const SimdKernels& k, const QLinearDgradParams& p);
+// int8 without scales: the codes themselves are the weight.
+void tokens_fwd(const SimdKernels& k, const QLinearFwdParams& p);
+void tokens_dgrad(const SimdKernels& k, const QLinearDgradParams& p);
 
 }  // namespace fastpeft::cpu

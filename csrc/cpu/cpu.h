@@ -21,6 +21,8 @@ const char* isa_name();
 
 // float32 lanes of the SIMD kernels in use (16, 8, or 0 for plain code).
 int simd_lanes();
+// Whether torch's int8 matmul is a fast one here: without AVX-512 it is scalar code.
+bool has_fast_int_mm();
 // 16-bit matrix units (AMX), which torch's own matmul drives.
 bool has_matrix_units();
 

@@ -25,4 +25,8 @@ inline float block_scale(const WeightView& w, int64_t flat, int64_t place) {
 void decode_strip(const WeightView& w, int64_t strip_n, int64_t strip_k, float* out,
                   int64_t stride);
 
+// The same without SIMD.
+void decode_strip_plain(const WeightView& w, int64_t strip_n, int64_t strip_k, float* out,
+                        int64_t stride);
+
 }  // namespace fastpeft::cpu

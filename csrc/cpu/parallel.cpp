@@ -88,6 +88,10 @@ int simd_lanes() {
   return simd_kernels() ? simd_kernels()->panel / 2 : 0;
 }
 
+bool has_fast_int_mm() {
+  return isa() >= Isa::kAvx512;
+}
+
 bool has_matrix_units() {
 #if defined(__x86_64__)
   static const bool has = isa() == Isa::kAvx512Bf16 && has_amx_bf16();

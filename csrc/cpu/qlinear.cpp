@@ -104,15 +104,13 @@ void dgrad_plain(const QLinearDgradParams& p) {
 
 void qlinear_fwd(const QLinearFwdParams& p) {
   const SimdKernels* k = simd_kernels();
-  if (k && p.dtype != DType::kFloat64 && simd_serves(p.w))
-    return p.M <= kMaxFewTokens ? few_tokens_fwd(*k, p) : many_tokens_fwd(*k, p);
+  if (k && p.dtype != DType::kFloat64) return tokens_fwd(*k, p);
   dispatch(p.dtype, [&](auto tag) { fwd_plain<typename decltype(tag)::type>(p); });
 }
 
 void qlinear_dgrad(const QLinearDgradParams& p) {
   const SimdKernels* k = simd_kernels();
-  if (k && p.dtype != DType::kFloat64 && simd_serves(p.w))
-    return p.M <= kMaxFewTokens ? few_tokens_dgrad(*k, p) : many_tokens_dgrad(*k, p);
+  if (k && p.dtype != DType::kFloat64) return tokens_dgrad(*k, p);
   dispatch(p.dtype, [&](auto tag) { dgrad_plain<typename decltype(tag)::type>(p); });
 }
 

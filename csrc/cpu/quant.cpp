@@ -126,8 +126,10 @@ void decode_int8_strip(const WeightView& w, int64_t strip_n, int64_t strip_k, fl
     const int64_t n = strip_n * 16 + r;
     for (int i = 0; i < 64; ++i) {
       const int64_t k = strip_k * 64 + i;
-      out[r * stride + i] =
-          n < w.N && k < w.K ? float(codes[n * w.K + k]) * absmax[n] * kInt8Step : 0.0f;
+      const bool is_inside = n < w.N && k < w.K;
+      const float code = is_inside ? float(codes[n * w.K + k]) : 0.0f;
+      // no scales: the codes themselves (the integer product of LLM.int8())
+      out[r * stride + i] = absmax && is_inside ? code * absmax[n] * kInt8Step : code;
     }
   }
 }
@@ -197,7 +199,12 @@ void tile_strip_row(const TileParams& p, int64_t strip_n) {
 void decode_strip(const WeightView& w, int64_t strip_n, int64_t strip_k, float* out,
                   int64_t stride) {
   const SimdKernels* k = simd_kernels();
-  if (k && simd_serves(w)) return k->decode_rows(w, strip_n, strip_k, out, stride, k->panel);
+  k ? k->decode_rows(w, strip_n, strip_k, out, stride, k->panel)
+    : decode_strip_plain(w, strip_n, strip_k, out, stride);
+}
+
+void decode_strip_plain(const WeightView& w, int64_t strip_n, int64_t strip_k, float* out,
+                        int64_t stride) {
   if (is_4bit(w.format)) return decode_4bit_strip(w, strip_n, strip_k, out, stride);
   FASTPEFT_CHECK(w.format == Format::kInt8, "no strips in format ", format_name(w.format));
   decode_int8_strip(w, strip_n, strip_k, out, stride);

@@ -38,13 +38,22 @@ struct SimdKernels {
 
   void (*widen)(DType dtype, const void* from, float* to, int64_t count);
   void (*narrow)(DType dtype, const float* from, void* to, int64_t count);  // nearest even
+
+  // LLM.int8(). Largest |x| below the threshold (0: of all), and whether anything reaches it.
+  float (*row_absmax)(const float* x, int64_t count, float threshold, bool* has_outlier);
+  void (*row_to_int8)(const float* x, int64_t count, float inverse, int8_t* q);
+  // y [count] = acc * scale_x * scale_w / 127^2; y += factor * w.
+  void (*scale_sums)(const int32_t* acc, int64_t count, float scale_x, const float* scale_w,
+                     float* y);
+  void (*add_scaled)(const float* w, int64_t count, float factor, float* y);
 };
 
 // Null where the machine has none (or FASTPEFT_CPU_ISA says plain).
 const SimdKernels* simd_kernels();
 
-// What the kernels above serve: 4-bit, scales in column order.
-inline bool simd_serves(const WeightView& w) {
+// 4-bit with scales in column order: what the fastest kernels serve. Other weights (int8, blocks
+// that straddle rows) are decoded strip by strip.
+inline bool has_column_scales(const WeightView& w) {
   return is_4bit(w.format) && scales_by_column(w.K, w.blocksize);
 }
 

@@ -5,6 +5,7 @@
 #if defined(__x86_64__)
 #include <immintrin.h>
 
+#include <cmath>
 #include <cstring>
 #include <utility>
 
@@ -110,6 +111,43 @@ SIMD_INLINE Bits min_bits(Bits a, Bits b) {
 }
 SIMD_INLINE Vec gather(const float* p, Bits at) {
   return _mm256_i32gather_ps(p, at, 4);
+}
+
+SIMD_INLINE Bits load_int8(const int8_t* p) {
+  return _mm256_cvtepi8_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(p)));
+}
+SIMD_INLINE Bits load_ints(const int32_t* p) {
+  return _mm256_loadu_si256(reinterpret_cast<const Bits*>(p));
+}
+SIMD_INLINE Bits gather_int(const void* p, Bits at) {
+  return _mm256_i32gather_epi32(static_cast<const int*>(p), at, 1);
+}
+template <int b>
+SIMD_INLINE Bits signed_byte(Bits v) {
+  return _mm256_srai_epi32(_mm256_slli_epi32(v, 24 - 8 * b), 24);
+}
+SIMD_INLINE Vec to_vec(Bits v) {
+  return _mm256_cvtepi32_ps(v);
+}
+
+SIMD_INLINE Vec magnitude(Vec v) {
+  return _mm256_andnot_ps(_mm256_set1_ps(-0.0f), v);
+}
+SIMD_INLINE Vec largest(Vec a, Vec b) {
+  return _mm256_max_ps(a, b);
+}
+SIMD_INLINE float largest_lane(Vec v) {
+  __m128 m = _mm_max_ps(_mm256_castps256_ps128(v), _mm256_extractf128_ps(v, 1));
+  m = _mm_max_ps(m, _mm_movehl_ps(m, m));
+  return _mm_cvtss_f32(_mm_max_ss(m, _mm_shuffle_ps(m, m, 1)));
+}
+SIMD_INLINE Vec keep_below(Vec v, Vec limit) {
+  return _mm256_and_ps(_mm256_cmp_ps(v, limit, _CMP_LT_OQ), v);
+}
+SIMD_INLINE void round_to_int8(Vec v, int8_t* q) {
+  const Bits i = _mm256_cvtps_epi32(v);
+  const __m128i words = _mm_packs_epi32(_mm256_castsi256_si128(i), _mm256_extracti128_si256(i, 1));
+  _mm_storel_epi64(reinterpret_cast<__m128i*>(q), _mm_packs_epi16(words, words));
 }
 
 SIMD_INLINE Vec load_bf16(const uint16_t* p) {

@@ -8,6 +8,7 @@
 #pragma GCC diagnostic ignored "-Wuninitialized"
 #include <immintrin.h>
 
+#include <cmath>
 #include <cstring>
 #include <utility>
 
@@ -99,6 +100,40 @@ SIMD_INLINE Bits min_bits(Bits a, Bits b) {
 }
 SIMD_INLINE Vec gather(const float* p, Bits at) {
   return _mm512_i32gather_ps(at, p, 4);
+}
+
+SIMD_INLINE Bits load_int8(const int8_t* p) {
+  return _mm512_cvtepi8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)));
+}
+SIMD_INLINE Bits load_ints(const int32_t* p) {
+  return _mm512_loadu_si512(p);
+}
+SIMD_INLINE Bits gather_int(const void* p, Bits at) {
+  return _mm512_i32gather_epi32(at, p, 1);
+}
+template <int b>
+SIMD_INLINE Bits signed_byte(Bits v) {
+  return _mm512_srai_epi32(_mm512_slli_epi32(v, 24 - 8 * b), 24);
+}
+SIMD_INLINE Vec to_vec(Bits v) {
+  return _mm512_cvtepi32_ps(v);
+}
+
+SIMD_INLINE Vec magnitude(Vec v) {
+  return _mm512_abs_ps(v);
+}
+SIMD_INLINE Vec largest(Vec a, Vec b) {
+  return _mm512_max_ps(a, b);
+}
+SIMD_INLINE float largest_lane(Vec v) {
+  return _mm512_reduce_max_ps(v);
+}
+SIMD_INLINE Vec keep_below(Vec v, Vec limit) {
+  return _mm512_maskz_mov_ps(_mm512_cmp_ps_mask(v, limit, _CMP_LT_OQ), v);
+}
+SIMD_INLINE void round_to_int8(Vec v, int8_t* q) {
+  const __m128i bytes = _mm512_cvtsepi32_epi8(_mm512_cvtps_epi32(v));
+  _mm_storeu_si128(reinterpret_cast<__m128i*>(q), bytes);
 }
 
 SIMD_INLINE Vec load_bf16(const uint16_t* p) {

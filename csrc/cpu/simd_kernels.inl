@@ -10,6 +10,8 @@
 //   load_row_pair(row, bits) bits[v]: lanes k of vector v; after a shift by 0, 8 the low nibble is
 //                            the code of the even, odd row of the pair stored at `row` (16 bytes)
 //   load_bytes, spread, ramp, add_bits, min_bits, gather: 32-bit integer lanes for the scales
+//   load_int8, gather_int, signed_byte<b>, to_vec: int8 codes
+//   magnitude, largest, largest_lane, keep_below, round_to_int8: int8 activations
 
 // How far ahead packed bytes are fetched: the hardware's prefetcher stops at a page. 4096 x 4096,
 // M = 1, weights not in cache, one Sapphire Rapids thread: none 1388 us, 1 KiB 1066, 4 KiB 909, 8
@@ -76,8 +78,8 @@ struct StripReader {
 // ---- few tokens, forward: sums of one strip row in registers; the scale meets the sum of a block,
 // not every weight. kParts chains a sum keep the FMA units busy when M is small.
 template <int M>
-SIMD void few_fwd(const WeightView& w, int64_t strip_n, const float* x, int64_t x_stride,
-                  float* y) {
+SIMD void packed_fwd(const WeightView& w, int64_t strip_n, const float* x, int64_t x_stride,
+                     float* y) {
   constexpr int kParts = M * kVecs >= 4 ? 1 : 4 / (M * kVecs);
   const StripReader reader(w);
   const Table table = load_table(reader.table);
@@ -133,8 +135,8 @@ SIMD void few_fwd(const WeightView& w, int64_t strip_n, const float* x, int64_t 
 // ---- few tokens, input gradient: the scale is taken into dy, 16 products a strip and token. Sums
 // of a tile stay in registers over its 16 rows, then join dx (in L1): short chains round less.
 template <int M>
-SIMD void few_dgrad(const WeightView& w, int64_t begin, int64_t end, const float* dy,
-                    int64_t dy_stride, float* dx, int64_t dx_stride) {
+SIMD void packed_dgrad(const WeightView& w, int64_t begin, int64_t end, const float* dy,
+                       int64_t dy_stride, float* dx, int64_t dx_stride) {
   const StripReader reader(w);
   const Table table = load_table(reader.table);
   alignas(64) float scale[16] = {}, scaled[M][16];
@@ -183,8 +185,8 @@ SIMD void few_dgrad(const WeightView& w, int64_t begin, int64_t end, const float
   }
 }
 
-// ---- decoding a strip into a panel
-SIMD void decode_columns(const WeightView& w, int64_t strip_n, int64_t strip_k, float* out,
+// ---- decoding a strip into a panel: 4-bit codes with scales in column order
+SIMD void unpack_columns(const WeightView& w, int64_t strip_n, int64_t strip_k, float* out,
                          int64_t stride) {
   const StripReader reader(w);
   const Table table = load_table(reader.table);
@@ -210,7 +212,7 @@ SIMD void decode_columns(const WeightView& w, int64_t strip_n, int64_t strip_k, 
   }
 }
 
-SIMD void decode_rows(const WeightView& w, int64_t strip_n, int64_t strip_k, float* out,
+SIMD void unpack_rows(const WeightView& w, int64_t strip_n, int64_t strip_k, float* out,
                       int64_t stride, int64_t panel_stride) {
   const StripReader reader(w);
   const Table table = load_table(reader.table);
@@ -232,6 +234,141 @@ SIMD void decode_rows(const WeightView& w, int64_t strip_n, int64_t strip_k, flo
       }
     }
   }
+}
+
+// ---- int8: rows lie in memory as they are; a strip at the edge goes the plain way
+SIMD_INLINE bool is_inner_int8(const WeightView& w, int64_t strip_n, int64_t strip_k) {
+  return w.format == Format::kInt8 && strip_n * 16 + 16 <= w.N && strip_k * 64 + 64 <= w.K;
+}
+
+SIMD void int8_columns(const WeightView& w, int64_t strip_n, int64_t strip_k, float* out,
+                       int64_t stride) {
+  const int8_t* codes = static_cast<const int8_t*>(w.codes) + strip_n * 16 * w.K + strip_k * 64;
+  const float* absmax = static_cast<const float*>(w.scales);
+  const float one = 1.0f;
+  const Vec step = broadcast(absmax ? &kInt8Step : &one);
+  for (int v = 0; v < kVecs; ++v) {
+    const Vec s = absmax ? load(absmax + strip_n * 16 + v * kLanes) : broadcast(&one);
+    const int8_t* rows = codes + v * kLanes * w.K;
+    const Bits row = ramp(int32_t(w.K));
+    for (int64_t k = 0; k < 64; k += 4) {  // four columns of kLanes rows
+      const Bits quad = gather_int(rows + k, row);
+      float* to = out + k * stride + v * kLanes;
+      store(to, mul(mul(to_vec(signed_byte<0>(quad)), s), step));
+      store(to + stride, mul(mul(to_vec(signed_byte<1>(quad)), s), step));
+      store(to + 2 * stride, mul(mul(to_vec(signed_byte<2>(quad)), s), step));
+      store(to + 3 * stride, mul(mul(to_vec(signed_byte<3>(quad)), s), step));
+    }
+  }
+}
+
+SIMD void int8_rows(const WeightView& w, int64_t strip_n, int64_t strip_k, float* out,
+                    int64_t stride, int64_t panel_stride) {
+  const Vec step = broadcast(&kInt8Step);
+  for (int64_t n = strip_n * 16; n < strip_n * 16 + 16; ++n, out += stride) {
+    const int8_t* codes = static_cast<const int8_t*>(w.codes) + n * w.K + strip_k * 64;
+    const Vec s = broadcast(static_cast<const float*>(w.scales) + n);
+    UNROLL for (int k = 0; k < 64; k += kLanes) {
+      store(out + k / kPanel * panel_stride + k % kPanel,
+            mul(mul(to_vec(load_int8(codes + k)), s), step));
+    }
+  }
+}
+
+// ---- any format
+SIMD void decode_columns(const WeightView& w, int64_t strip_n, int64_t strip_k, float* out,
+                         int64_t stride) {
+  if (has_column_scales(w)) return unpack_columns(w, strip_n, strip_k, out, stride);
+  if (is_inner_int8(w, strip_n, strip_k)) return int8_columns(w, strip_n, strip_k, out, stride);
+  float strip[16][64];
+  decode_strip_plain(w, strip_n, strip_k, strip[0], 64);
+  for (int k = 0; k < 64; ++k)
+    for (int n = 0; n < 16; ++n) out[k * stride + n] = strip[n][k];
+}
+
+SIMD void decode_rows(const WeightView& w, int64_t strip_n, int64_t strip_k, float* out,
+                      int64_t stride, int64_t panel_stride) {
+  if (has_column_scales(w)) return unpack_rows(w, strip_n, strip_k, out, stride, panel_stride);
+  if (is_inner_int8(w, strip_n, strip_k))
+    return int8_rows(w, strip_n, strip_k, out, stride, panel_stride);
+  float strip[16][64];
+  decode_strip_plain(w, strip_n, strip_k, strip[0], 64);
+  for (int n = 0; n < 16; ++n)
+    for (int k = 0; k < 64; ++k)
+      out[n * stride + k / kPanel * panel_stride + k % kPanel] = strip[n][k];
+}
+
+// ---- few tokens over strips decoded into L1: int8, and 4-bit blocks that straddle rows
+template <int M>
+SIMD void strips_fwd(const WeightView& w, int64_t strip_n, const float* x, int64_t x_stride,
+                     float* y) {
+  alignas(64) float strip[64][16];
+  Vec total[M][kVecs];
+  for (int m = 0; m < M; ++m)
+    for (int v = 0; v < kVecs; ++v) total[m][v] = zero();
+  for (int64_t strip_k = 0; strip_k * 64 < w.K; ++strip_k) {
+    decode_columns(w, strip_n, strip_k, strip[0], 16);
+    Vec part[2][M][kVecs];
+    UNROLL for (int m = 0; m < M; ++m) {
+      UNROLL for (int v = 0; v < kVecs; ++v) part[0][m][v] = part[1][m][v] = zero();
+    }
+    for (int k = 0; k < 64; k += 2) {
+      const float* xk = x + strip_k * 64 + k;
+      UNROLL for (int v = 0; v < kVecs; ++v) {
+        const Vec w0 = load(strip[k] + v * kLanes), w1 = load(strip[k + 1] + v * kLanes);
+        UNROLL for (int m = 0; m < M; ++m) {
+          part[0][m][v] = fma(w0, broadcast(xk + m * x_stride), part[0][m][v]);
+          part[1][m][v] = fma(w1, broadcast(xk + m * x_stride + 1), part[1][m][v]);
+        }
+      }
+    }
+    UNROLL for (int m = 0; m < M; ++m) {
+      UNROLL for (int v = 0; v < kVecs; ++v) total[m][v] =
+          add(total[m][v], add(part[0][m][v], part[1][m][v]));
+    }
+  }
+  for (int m = 0; m < M; ++m)
+    for (int v = 0; v < kVecs; ++v) store(y + m * 16 + v * kLanes, total[m][v]);
+}
+
+template <int M>
+SIMD void strips_dgrad(const WeightView& w, int64_t begin, int64_t end, const float* dy,
+                       int64_t dy_stride, float* dx, int64_t dx_stride) {
+  alignas(64) float strip[16][64];
+  for (int m = 0; m < M; ++m)
+    for (int64_t k = 0; k < (end - begin) * 64; k += kLanes) store(dx + m * dx_stride + k, zero());
+  for (int64_t strip_n = 0; strip_n * 16 < w.N; ++strip_n) {
+    for (int64_t strip_k = begin; strip_k < end; ++strip_k) {
+      decode_rows(w, strip_n, strip_k, strip[0], 64, kPanel);
+      for (int k = 0; k < 64; k += kLanes) {
+        Vec sum[M];
+        UNROLL for (int m = 0; m < M; ++m) sum[m] = zero();
+        for (int n = 0; n < 16; ++n) {
+          const Vec wk = load(strip[n] + k);
+          UNROLL for (int m = 0; m < M; ++m) sum[m] =
+              fma(wk, broadcast(dy + m * dy_stride + strip_n * 16 + n), sum[m]);
+        }
+        UNROLL for (int m = 0; m < M; ++m) {
+          float* to = dx + m * dx_stride + (strip_k - begin) * 64 + k;
+          store(to, add(load(to), sum[m]));
+        }
+      }
+    }
+  }
+}
+
+template <int M>
+SIMD void few_fwd(const WeightView& w, int64_t strip_n, const float* x, int64_t x_stride,
+                  float* y) {
+  has_column_scales(w) ? packed_fwd<M>(w, strip_n, x, x_stride, y)
+                       : strips_fwd<M>(w, strip_n, x, x_stride, y);
+}
+
+template <int M>
+SIMD void few_dgrad(const WeightView& w, int64_t begin, int64_t end, const float* dy,
+                    int64_t dy_stride, float* dx, int64_t dx_stride) {
+  has_column_scales(w) ? packed_dgrad<M>(w, begin, end, dy, dy_stride, dx, dx_stride)
+                       : strips_dgrad<M>(w, begin, end, dy, dy_stride, dx, dx_stride);
 }
 
 // ---- register tile of T tokens x 2 vectors
@@ -288,6 +425,56 @@ SIMD void narrow(DType dtype, const float* from, void* to, int64_t count) {
                       : from_float(Tag<Float16>{}, from[i]).bits;
 }
 
+// ---- int8 activations
+// max |x| of what is below `threshold` (all, when it is 0), and whether anything is not.
+SIMD float row_absmax(const float* x, int64_t count, float threshold, bool* has_outlier) {
+  Vec inside = zero(), all = zero();
+  const float limit = threshold > 0.0f ? threshold : INFINITY;
+  int64_t k = 0;
+  for (; k + kLanes <= count; k += kLanes) {
+    const Vec a = magnitude(load(x + k));
+    inside = largest(inside, keep_below(a, broadcast(&limit)));
+    all = largest(all, a);
+  }
+  float most = largest_lane(inside), most_of_all = largest_lane(all);
+  for (; k < count; ++k) {
+    const float a = std::fabs(x[k]);
+    if (a < limit) most = std::fmax(most, a);
+    most_of_all = std::fmax(most_of_all, a);
+  }
+  *has_outlier = threshold > 0.0f && most_of_all >= threshold;
+  return most;
+}
+
+// q = round half to even(x * inverse); columns with outlier[k] stay to be zeroed by the caller.
+SIMD void row_to_int8(const float* x, int64_t count, float inverse, int8_t* q) {
+  int64_t k = 0;
+  for (; k + kLanes <= count; k += kLanes)
+    round_to_int8(mul(load(x + k), broadcast(&inverse)), q + k);
+  for (; k < count; ++k)
+    q[k] = int8_t(std::nearbyintf(std::fmin(std::fmax(x[k] * inverse, -127.0f), 127.0f)));
+}
+
+// y = acc * (scale_x * scale_w[n]) / 127^2
+SIMD void scale_sums(const int32_t* acc, int64_t count, float scale_x, const float* scale_w,
+                     float* y) {
+  const float unit = 1.0f / (127.0f * 127.0f);
+  int64_t n = 0;
+  for (; n + kLanes <= count; n += kLanes) {
+    const Vec s = mul(mul(load(scale_w + n), broadcast(&scale_x)), broadcast(&unit));
+    store(y + n, mul(to_vec(load_ints(acc + n)), s));
+  }
+  for (; n < count; ++n) y[n] = float(acc[n]) * ((scale_w[n] * scale_x) * unit);
+}
+
+// y += factor * w
+SIMD void add_scaled(const float* w, int64_t count, float factor, float* y) {
+  int64_t n = 0;
+  for (; n + kLanes <= count; n += kLanes)
+    store(y + n, fma(load(w + n), broadcast(&factor), load(y + n)));
+  for (; n < count; ++n) y[n] += factor * w[n];
+}
+
 template <int... M>
 constexpr SimdKernels make_kernels(std::integer_sequence<int, M...>) {
   SimdKernels k{};
@@ -299,6 +486,10 @@ constexpr SimdKernels make_kernels(std::integer_sequence<int, M...>) {
   k.decode_rows = decode_rows;
   k.widen = widen;
   k.narrow = narrow;
+  k.row_absmax = row_absmax;
+  k.row_to_int8 = row_to_int8;
+  k.scale_sums = scale_sums;
+  k.add_scaled = add_scaled;
   return k;
 }
 

@@ -126,6 +126,7 @@ bool int_mm(const Tensor& out, const Tensor& a, const Tensor& b) {
     check_matmul(aoti_torch_cuda__int_mm_out(out.get(), a.get(), b.get()), a, b);
     return true;
   }
+  if (!cpu::has_fast_int_mm()) return false;
   check_matmul(aoti_torch_cpu__int_mm_out(out.get(), a.get(), b.get()), a, b);
   return true;
 }

@@ -63,7 +63,8 @@ void mm(const Tensor& out, const Tensor& a, const Tensor& b, double alpha = 1.0)
 // matmul is the slower one (a CPU without matrix units: half the speed, and 20 us a call), else
 // `dtype`.
 ScalarType product_dtype(const Backend& backend, ScalarType dtype);
-// int32 out = int8 a b; false where torch cannot (its CUDA path wants M > 16 and multiples of 8).
+// int32 out = int8 a b; false where torch cannot (its CUDA path wants M > 16 and multiples of 8) or
+// is slow (a CPU without AVX-512): then int8_epilogue does without.
 bool int_mm(const Tensor& out, const Tensor& a, const Tensor& b);
 
 }  // namespace fastpeft::ops
