@@ -12,6 +12,7 @@ from fastpeft.attach import adapter_parameters
 from fastpeft.errors import AdapterError, StateError
 from tiny import one_thread  # noqa: F401
 from torch import nn
+from torch._dynamo.testing import CompileCounter
 
 IDS = ["a", None, "b", "a", "narrow", None]
 # One case a row: name of a model of `plug`, its weights' format.
@@ -266,6 +267,24 @@ def test_generate(name):
         wanted[row] = model.generate(text[row, None], **options)
     with fastpeft.adapter_ids(model, beams):
         assert torch.equal(model.generate(text[:2], **options), torch.cat(wanted[:2]))
+
+
+@torch.no_grad()
+def test_compiles_whole_and_once_for_the_same_ids():
+    model, text = plug.build("llama", "nf4"), tiny.tokens(3)
+    for seed, adapter in enumerate("ab"):
+        fastpeft.attach(model, LoRA(r=4), adapter)
+        tiny.shake(adapter_parameters(model, adapter).values(), seed=seed)
+    torch._dynamo.reset()
+    counter = CompileCounter()
+    compiled = torch.compile(model, fullgraph=True, backend=counter)
+    for ids, count in ((["a", None, "b"], 1), (["b", "a", None], 2)):
+        with fastpeft.adapter_ids(model, ids):
+            wanted = forward(model, text)
+            for _ in range(2):
+                torch.testing.assert_close(forward(compiled, text), wanted)
+                assert counter.frame_count == count
+    torch._dynamo.reset()
 
 
 @torch.no_grad()
