@@ -263,6 +263,20 @@ def test_merging_into_a_quantised_base_is_exact(make, way, base, ask, tmp_path):
     assert torch.allclose(logits(load_model(tmp_path / "out")), logits(model), atol=1e-4)
 
 
+def test_merged_weights_have_the_dtype_asked_for(base, ask, tmp_path):
+    half = load_model(base, torch.bfloat16)
+    half.save_pretrained(tmp_path / "half")
+    adapter_of(tmp_path / "half", tmp_path / "adapter", "nf4")
+    ask("quantize", tmp_path / "half", tmp_path / "base")
+    worst = {}
+    for dtype in ("auto", "float32"):
+        words = (tmp_path / "base", tmp_path / "adapter", tmp_path / dtype, "--dtype", dtype)
+        worst[dtype] = max(ask("merge", *words)["errors"].values())
+        expected = {torch.bfloat16 if dtype == "auto" else torch.float32}
+        assert {p.dtype for p in load_model(tmp_path / dtype).parameters()} == expected
+    assert worst["float32"] == 0.0 and 1e-4 < worst["auto"] < 4e-3  # bfloat16 rounds by 2^-9
+
+
 def test_merging_requantised_reports_its_error(base, ask, run, tmp_path):
     model = adapter_of(base, tmp_path / "adapter", "nf4")
     words = ("merge", base, tmp_path / "adapter")

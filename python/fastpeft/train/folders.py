@@ -160,7 +160,8 @@ def merge_folder(
         format: "nf4" or "int8" quantises a dense base first, as the adapter's training did; the
             adapter is then added to exactly the weight it was trained on.
         requantize: write the layers quantised again (the base must be); otherwise all is dense.
-        save_as, dtype, device, overwrite: as for `quantize_folder`.
+        save_as, device, overwrite: as for `quantize_folder`.
+        dtype: of the dense weights that are written; "auto": as the base's.
 
     Returns:
         Facts: errors {layer: relative error of the stored weight against the exact sum}, bytes.
@@ -181,6 +182,9 @@ def merge_folder(
     model = open_folder(base, dtype, device or torch.device("cpu"))
     if there is None and format != "none":
         quantize(model, format)
+    for place in places(model):
+        if is_quantized(place.module):  # the merged weight is rounded once, to the model's dtype
+            place.module.weight_dtype = model.dtype
     load_adapter(model, adapter)
     report = merge(model, requantize=requantize)
     settle(model)
