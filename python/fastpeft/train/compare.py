@@ -37,7 +37,7 @@ COMMON: dict[str, Any] = {
     "save_every": 0,
 }
 _LORA = {"method": "lora", "lr": 1e-3}
-_BOTTLENECK = {"method": "bottleneck", "format": "none", "lr": 1e-3}
+_BOTTLENECK = {"method": "bottleneck", "format": "none"}
 # What differs between the rows. The rates are for a handful of steps: some times those of a long
 # run. method None: quantisation alone, its loss before is the dense base's.
 ROWS: dict[str, dict[str, Any]] = {
@@ -50,9 +50,17 @@ ROWS: dict[str, dict[str, Any]] = {
     "prefix-projection": {"method": "prefix", "format": "none", "projection": True, "lr": 1e-3},
     "prompt": {"method": "prompt", "format": "none", "lr": 3e-2},
     "ia3": {"method": "ia3", "format": "none", "lr": 1e-2},
-    "houlsby": {**_BOTTLENECK, "bottleneck": "houlsby"},
-    "pfeiffer": {**_BOTTLENECK, "bottleneck": "pfeiffer"},
-    "parallel": {**_BOTTLENECK, "bottleneck": "parallel"},
+    "houlsby": {**_BOTTLENECK, "bottleneck": "houlsby", "lr": 1e-3},
+    # These two read the residual stream, whose few huge channels want small steps (parallel at
+    # 1e-4, of its own width, ends at 3.6 from 3.2) and a start at the base's outputs (pfeiffer's
+    # own begins at 4.3 instead of 3.7).
+    "pfeiffer": {
+        **_BOTTLENECK,
+        "bottleneck": "pfeiffer",
+        "bottleneck_init": "mam_adapter",
+        "lr": 3e-4,
+    },
+    "parallel": {**_BOTTLENECK, "bottleneck": "parallel", "reduction_factor": 16, "lr": 3e-5},
     "nf4": {"method": None, "format": "nf4"},
     "int8": {"method": None, "format": "int8"},
 }

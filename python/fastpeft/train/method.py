@@ -63,8 +63,8 @@ def _ia3(recipe: Recipe, start: Sequence[int]) -> Any:
 def _bottleneck(recipe: Recipe, start: Sequence[int]) -> Any:
     from ..methods.adapter import Bottleneck
 
-    factor = recipe.reduction_factor
-    given = {} if factor is None else {"reduction_factor": factor}
+    entries = {"reduction_factor": recipe.reduction_factor, "init_weights": recipe.bottleneck_init}
+    given = {key: value for key, value in entries.items() if value is not None}
     kind = getattr(Bottleneck, recipe.bottleneck)
     return kind(**given, base_model_name_or_path=recipe.model)
 

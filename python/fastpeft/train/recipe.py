@@ -24,7 +24,7 @@ LEARNING_RATES = {
     "prefix": 1e-2,
     "prompt": 1e-2,
     "ia3": 5e-3,
-    "bottleneck": 5e-4,
+    "bottleneck": 1e-4,
     "full": 2e-5,
 }
 METHODS = tuple(LEARNING_RATES)
@@ -53,7 +53,8 @@ class Recipe:
         num_virtual_tokens: of prefix and prompt.
         projection, prefix_init: of prefix: whether an MLP makes it; from what it starts: the first
             tokens of the training text, random tokens of the vocabulary, small noise or zeros.
-        bottleneck, reduction_factor: which kind, and hidden size / width; null: the kind's own.
+        bottleneck, reduction_factor, bottleneck_init: which kind, hidden size / width, and the
+            start ("mam_adapter": the base's outputs); null: the kind's own.
         optimizer, float32_master: of full; see fastpeft.Full.
         steps: optimizer steps; or tokens: as many steps as see that many, rounded up.
         batch_size, grad_accumulation, seq_len: a step sees the product of the three in tokens.
@@ -87,6 +88,7 @@ class Recipe:
     prefix_init: str = "text"
     bottleneck: str = "pfeiffer"
     reduction_factor: float | None = None
+    bottleneck_init: str | None = None
     optimizer: str = "adamw"
     float32_master: bool | None = None
     steps: int | None = None
