@@ -1,5 +1,5 @@
 // The SIMD kernels of one instruction set, as a table of functions chosen once at run time.
-// simd_avx512.cpp and simd_avx2.cpp bring the vector primitives, simd_kernels.inl the kernels over
+// simd_avx512.cpp and simd_avx2.cpp bring the vector primitives, simd_kernels.h the kernels over
 // them. Everything computes in float32; lanes run over rows n of W forward and columns k backward,
 // so a decoded vector meets one broadcast activation a token and nothing is summed across lanes.
 #pragma once

@@ -1,4 +1,4 @@
-// AVX2 + FMA + F16C primitives of simd_kernels.inl: 8 lanes, tile of 6 tokens x 16 columns (12
+// AVX2 + FMA + F16C primitives of simd_kernels.h: 8 lanes, tile of 6 tokens x 16 columns (12
 // sums, 2 weights, 1 activation of 16 registers).
 #include "simd.h"
 
@@ -173,7 +173,7 @@ SIMD_INLINE void store_f16(uint16_t* p, Vec v) {
   _mm_storeu_si128(reinterpret_cast<__m128i*>(p), half);
 }
 
-#include "simd_kernels.inl"
+#include "simd_kernels.h"
 
 constexpr SimdKernels all_kernels() {
   SimdKernels k = make_kernels(std::make_integer_sequence<int, kMaxFewTokens>{});

@@ -1,4 +1,4 @@
-// AVX-512 primitives of simd_kernels.inl: F, BW, VL, DQ; 16 lanes, tile of 12 tokens x 32 columns
+// AVX-512 primitives of simd_kernels.h: F, BW, VL, DQ; 16 lanes, tile of 12 tokens x 32 columns
 // (24 sums, 2 weights, 1 activation of 32 registers).
 #include "simd.h"
 
@@ -157,7 +157,7 @@ SIMD_INLINE void store_f16(uint16_t* p, Vec v) {
   _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), half);
 }
 
-#include "simd_kernels.inl"
+#include "simd_kernels.h"
 
 constexpr SimdKernels all_kernels() {
   SimdKernels k = make_kernels(std::make_integer_sequence<int, kMaxFewTokens>{});
