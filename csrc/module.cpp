@@ -59,7 +59,7 @@ py::dict plan(int64_t M, int64_t N, int64_t K, int64_t R, const std::string& for
   p.direction = direction == "fwd" ? Direction::kFwd : Direction::kDgrad;
   p.dtype = dtype_of(dtype);
   p.M = M, p.N = N, p.K = K, p.R = R, p.blocksize = blocksize, p.arch = arch, p.sm_count = sm_count;
-  if (arch == 0) p.cpu_lanes = cpu::simd_lanes(), p.cpu_has_matrix_units = cpu::has_matrix_units();
+  if (arch == 0) p.cpu_lanes = cpu::simd_lanes(), p.cpu_has_fast_bf16 = cpu::has_fast_bf16();
   const Plan chosen = make_plan(p);
   py::dict result;
   result["kernel"] = kernel_name(chosen.kernel);

@@ -1,4 +1,5 @@
-// Quantised linear layer in float32 over SimdKernels (16-bit tokens are widened first).
+// Quantised linear layer in float32 over SimdKernels. 16-bit tokens are widened first: exact, and
+// no slower than the 16-bit dot products of a CPU without matrix units (cpu.h, has_fast_bf16).
 //
 // Few tokens: one pass over the packed bytes, sums in registers. Bound: reading W (0.52 B a
 // weight), about 3.3 vector operations for 16 weights, so both at once on two AVX-512 ports.

@@ -92,9 +92,9 @@ bool has_fast_int_mm() {
   return isa() >= Isa::kAvx512;
 }
 
-bool has_matrix_units() {
+bool has_fast_bf16() {
 #if defined(__x86_64__)
-  static const bool has = isa() == Isa::kAvx512Bf16 && has_amx_bf16();
+  static const bool has = isa() == Isa::kAvx512Bf16 && (has_amx_bf16() || __builtin_cpu_is("amd"));
   return has;
 #else
   return false;

@@ -115,9 +115,10 @@ void mm(const Tensor& out, const Tensor& a, const Tensor& b, double alpha) {
 }
 
 ScalarType product_dtype(const Backend& backend, ScalarType dtype) {
-  const bool is_16bit = dtype == ScalarType::BFloat16 || dtype == ScalarType::Half;
-  const bool widens = is_16bit && !backend.is_cuda() && !cpu::has_matrix_units();
-  return widens ? ScalarType::Float : dtype;
+  const bool is_bf16 = dtype == ScalarType::BFloat16,
+             is_16bit = is_bf16 || dtype == ScalarType::Half;
+  if (backend.is_cuda() || !is_16bit || (is_bf16 && cpu::has_fast_bf16())) return dtype;
+  return ScalarType::Float;
 }
 
 bool int_mm(const Tensor& out, const Tensor& a, const Tensor& b) {

@@ -24,7 +24,7 @@ Plan plan_for(const Backend& backend, const WeightView& w, Direction direction, 
   problem.sm_count = backend.sm_count();
   if (!backend.is_cuda()) {
     problem.cpu_lanes = cpu::simd_lanes();
-    problem.cpu_has_matrix_units = cpu::has_matrix_units();
+    problem.cpu_has_fast_bf16 = cpu::has_fast_bf16();
   }
   return make_plan(problem);
 }
