@@ -240,3 +240,32 @@ def test_19_quantised_weights_have_no_gradient(layer):
 def test_19_a_dense_base_with_a_gradient_is_refused_by_the_operator():
     with pytest.raises(StateError, match="weight: got a tensor with requires_grad=True"):
         qlinear(torch.randn(M, K), torch.randn(N, K, requires_grad=True))
+
+
+def test_deterministic_mode_has_every_path():
+    """Refusal 23: no operator lacks a deterministic path, so the mode changes nothing and refuses
+    nothing; a second derivative, which has none, is refused.
+    """
+    torch.manual_seed(3)
+    layer = fastpeft.QLoRALinear(96, 40, r=4, lora_dropout=0.25)
+    torch.nn.init.normal_(layer.lora_B.weight)
+    x = torch.randn(19, 96)
+
+    def once() -> list[torch.Tensor]:
+        torch.manual_seed(5)
+        leaf = x.clone().requires_grad_(True)
+        y = layer(leaf)
+        wanted = [leaf, layer.lora_A.weight, layer.lora_B.weight]
+        return [y, *torch.autograd.grad(y.square().sum(), wanted)]
+
+    free = once()
+    torch.use_deterministic_algorithms(True)
+    try:
+        strict = once()
+    finally:
+        torch.use_deterministic_algorithms(False)
+    assert all(torch.equal(a, b) for a, b in zip(free, strict, strict=True))
+    leaf = x.clone().requires_grad_(True)
+    (first,) = torch.autograd.grad(layer(leaf).square().sum(), leaf, create_graph=True)
+    with pytest.raises(RuntimeError, match="once_differentiable"):
+        first.sum().backward()
