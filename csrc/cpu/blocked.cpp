@@ -201,19 +201,19 @@ void few_tokens_fwd(const SimdKernels& k, const QLinearFwdParams& p) {
   const Buffer s = widened(k, p.dtype, p.s, R ? M : 0, R, R);
   parallel_for(ceil_div<int64_t>(N, 16), grain_strips(16 * Kp, M), [&](int64_t begin, int64_t end) {
     alignas(64) float y[kMaxFewTokens * 16], bias[16] = {};
-    const Buffer b = buffer(16 * R);
+    const Buffer b = buffer(16 * R), columns = buffer(16 * R);
     for (int64_t strip = begin; strip < end; ++strip) {
       const int64_t n0 = strip * 16, rows = std::min<int64_t>(16, N - n0);
       k.few_fwd[M](p.w, strip, x.get(), Kp, y);
       if (R) k.widen(p.dtype, at(p.dtype, p.lora_b, n0 * R), b.get(), rows * R);
+      for (int64_t r = 0; r < R; ++r)
+        for (int64_t n = 0; n < 16; ++n) columns[r * 16 + n] = n < rows ? b[n * R + r] : 0.0f;
       if (p.bias) k.widen(p.dtype, at(p.dtype, p.bias, n0), bias, rows);
       for (int64_t m = 0; m < M; ++m) {
-        for (int64_t n = 0; n < rows; ++n) {
-          float part[4] = {};
-          for (int64_t r = 0; r < R; ++r) part[r % 4] += s[m * R + r] * b[n * R + r];
-          const float low_rank = (part[0] + part[1]) + (part[2] + part[3]);
-          y[m * 16 + n] += p.scaling * low_rank + bias[n];
-        }
+        float low_rank[16] = {};
+        for (int64_t r = 0; r < R; ++r)
+          k.add_scaled(&columns[r * 16], 16, p.scaling * s[m * R + r], low_rank);
+        for (int64_t n = 0; n < 16; ++n) y[m * 16 + n] += low_rank[n] + bias[n];
         k.narrow(p.dtype, y + m * 16, at(p.dtype, p.y, m * N + n0), rows);
       }
     }

@@ -121,6 +121,10 @@ ScalarType product_dtype(const Backend& backend, ScalarType dtype) {
   return ScalarType::Float;
 }
 
+int64_t product_rows(ScalarType dtype, ScalarType product, int64_t M) {
+  return dtype == product ? M : std::min<int64_t>(M, 128);
+}
+
 bool int_mm(const Tensor& out, const Tensor& a, const Tensor& b) {
   if (a.is_cuda()) {
     if (a.size(0) <= 16 || a.size(1) % 8 || b.size(1) % 8) return false;

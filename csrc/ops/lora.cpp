@@ -19,6 +19,11 @@ DropoutParams dropout_params(const Backend& backend, const Tensor& x, const Tens
   return params;
 }
 
+// out (+)= alpha a b
+void accumulate(const Tensor& out, const Tensor& a, const Tensor& b, double alpha, bool adds) {
+  adds ? addmm(out, out, a, b, 1.0, alpha) : mm(out, a, b, alpha);
+}
+
 }  // namespace
 
 // A dropped copy of contiguous x.
@@ -80,11 +85,19 @@ std::tuple<Tensor, Tensor, Tensor> lora_wgrad(const Tensor& dy, const Tensor& x,
     torch::stable::zero_(dA);
     torch::stable::zero_(dB);
   } else {
-    const Tensor g = as_dtype(dy_rows, dtype);
     const Tensor z = dropout_p > 0.0 ? drop(backend, x_rows, dropout_p, seed) : x_rows;
-    mm(ds, g, as_dtype(b, dtype), scaling);
-    mm(dB, transposed(g), as_dtype(contiguous_of(s), dtype), scaling);
-    mm(dA, transposed(ds), as_dtype(z, dtype));
+    const Tensor wide_b = as_dtype(b, dtype), wide_s = as_dtype(contiguous_of(s), dtype);
+    const int64_t most = product_rows(x.scalar_type(), dtype, M);
+    for (int64_t m = 0; m < M; m += most) {
+      const int64_t rows = std::min(most, M - m);
+      const Tensor g = as_dtype(matrix_view(dy_rows, rows, N, N, 1, m * N), dtype);
+      const Tensor ds_part = matrix_view(ds, rows, R, R, 1, m * R);
+      const Tensor s_part = matrix_view(wide_s, rows, R, R, 1, m * R);
+      mm(ds_part, g, wide_b, scaling);
+      accumulate(dB, transposed(g), s_part, scaling, m > 0);
+      accumulate(dA, transposed(ds_part), as_dtype(matrix_view(z, rows, K, K, 1, m * K), dtype),
+                 1.0, m > 0);
+    }
   }
   return {as_dtype(dA, lora_A.scalar_type()), as_dtype(dB, lora_A.scalar_type()),
           as_dtype(ds, x.scalar_type())};

@@ -189,13 +189,15 @@ std::tuple<Tensor, Tensor> qlinear_fwd(const Tensor& x, const Tensor& codes,
     if (M > 0) {
       const ScalarType wide = product_dtype(backend, x.scalar_type());
       const Tensor z = dropout_p > 0.0 ? drop(backend, rows, dropout_p, seed) : rows;
-      if (wide != x.scalar_type()) {
-        Tensor s = empty({M, R}, wide, x);
-        mm(s, as_dtype(z, wide), transposed(as_dtype(a, wide)));
-        lora->s = as_dtype(s, x.scalar_type());
-      } else {
-        mm(lora->s, z, transposed(a));
+      const Tensor wide_a = as_dtype(a, wide);
+      Tensor wide_s = wide == x.scalar_type() ? lora->s : empty({M, R}, wide, x);
+      const int64_t most = product_rows(x.scalar_type(), wide, M);
+      for (int64_t m = 0; m < M; m += most) {
+        const int64_t count = std::min(most, M - m);
+        mm(matrix_view(wide_s, count, R, R, 1, m * R),
+           as_dtype(matrix_view(z, count, K, K, 1, m * K), wide), transposed(wide_a));
       }
+      lora->s = as_dtype(wide_s, x.scalar_type());
     }
   }
   if (M > 0) {
