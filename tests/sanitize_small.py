@@ -50,7 +50,9 @@ def quantise(device: str) -> None:
             codes, absmax = quant.quantize(W, reference.FORMAT_IDS[fmt], blocksize)
             tiled = quant.tile(codes, reference.FORMAT_IDS[fmt], N, K)
             elements = reference.unpack_canonical(codes, N * K)
-            back = reference.unpack_canonical(quant.untile(tiled, N, K), N * K)
+            back = reference.unpack_canonical(
+                quant.untile(tiled, reference.FORMAT_IDS[fmt], N, K), N * K
+            )
             assert torch.equal(back, elements)
             scales = reference.scales_in_memory(absmax, N, K, blocksize)
             back = quant.dequantize(

@@ -83,7 +83,7 @@ def test_bits_of_the_quantisers_do_not_depend_on_threads(threads):
         codes, absmax = fp.quantize(W, 1, 64)
         tiled = fp.tile(codes, 1, *W.shape)
         kept = fp.dropout(x, 0.25, torch.tensor([5]))
-        return codes, absmax, tiled, fp.untile(tiled, *W.shape), *fp.quantize(W, 3, 64), kept
+        return codes, absmax, tiled, fp.untile(tiled, 1, *W.shape), *fp.quantize(W, 3, 64), kept
 
     same_at_any_thread_count(threads, run)
 

@@ -52,7 +52,7 @@ def samples() -> dict[str, list[tuple]]:
         "quantize": [(w, FORMAT_IDS["nf4"], 32), (w.bfloat16(), FORMAT_IDS["int8"], K)],
         "quantize_absmax": [(torch.rand(300), dynamic_map(), torch.rand(1))],
         "tile": [(flat, FORMAT_IDS["nf4"], N, K)],
-        "untile": [(nf4.codes, N, K)],
+        "untile": [(nf4.codes, 1, N, K)],
         "dequantize": [
             (*weight_args(f, **o), N, K, dtype)
             for f, o, dtype in (

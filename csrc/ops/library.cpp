@@ -15,7 +15,7 @@ STABLE_TORCH_LIBRARY(fastpeft, m) {
       "quantize_absmax(Tensor absmax, Tensor map, Tensor offset) -> (Tensor codes, Tensor nested)");
   // canonical 4-bit codes [ceil(N*K/2)] <-> tiled [Np/16, Kp/64, 512].
   m.def("tile(Tensor codes, int format, int N, int K) -> Tensor");
-  m.def("untile(Tensor codes, int N, int K) -> Tensor");
+  m.def("untile(Tensor codes, int format, int N, int K) -> Tensor");
   // the exact weight [N, K], each value rounded once from float32 code * absmax.
   m.def(
       "dequantize(Tensor codes, Tensor? scales, Tensor? nested, int format, int blocksize, int N, "

@@ -124,7 +124,9 @@ std::tuple<Tensor, Tensor> quantize_absmax(const Tensor& absmax, const Tensor& m
   return {codes, nested};
 }
 
-Tensor retile(const Tensor& codes, Format format, int64_t N, int64_t K, bool to_tiled) {
+Tensor retile(const Tensor& codes, int64_t format, int64_t N, int64_t K, bool to_tiled) {
+  const Format kind = checked_format(format);
+  STD_TORCH_CHECK(is_4bit(kind), "format: only 4-bit formats are tiled, got ", format_name(kind));
   check_dtype("codes", codes, ScalarType::Byte);
   STD_TORCH_CHECK(N > 0 && K > 0, "weight: expected positive N and K, got [", N, ", ", K, "]");
   const int64_t canonical = ceil_div<int64_t>(N * K, 2);
@@ -139,7 +141,7 @@ Tensor retile(const Tensor& codes, Format format, int64_t N, int64_t K, bool to_
                                 ScalarType::Byte, codes)
                         : empty({canonical}, ScalarType::Byte, codes);
   TileParams p;
-  p.format = format;
+  p.format = kind;
   p.N = N;
   p.K = K;
   p.from = static_cast<const uint8_t*>(source.data_ptr());
@@ -151,13 +153,11 @@ Tensor retile(const Tensor& codes, Format format, int64_t N, int64_t K, bool to_
 }
 
 Tensor tile(const Tensor& codes, int64_t format, int64_t N, int64_t K) {
-  const Format kind = checked_format(format);
-  STD_TORCH_CHECK(is_4bit(kind), "format: only 4-bit formats are tiled, got ", format_name(kind));
-  return retile(codes, kind, N, K, true);
+  return retile(codes, format, N, K, true);
 }
 
-Tensor untile(const Tensor& codes, int64_t N, int64_t K) {
-  return retile(codes, Format::kNf4, N, K, false);
+Tensor untile(const Tensor& codes, int64_t format, int64_t N, int64_t K) {
+  return retile(codes, format, N, K, false);
 }
 
 Tensor dequantize(const Tensor& codes, const OptionalTensor& scales, const OptionalTensor& nested,

@@ -60,9 +60,9 @@ def tile(codes: Tensor, format: int, N: int, K: int) -> Tensor:
     return _ops.tile(codes, format, N, K)
 
 
-def untile(codes: Tensor, N: int, K: int) -> Tensor:
+def untile(codes: Tensor, format: int, N: int, K: int) -> Tensor:
     """Tiled 4-bit codes -> canonical uint8 [ceil(N*K/2)]; the exact inverse of `tile`."""
-    return _ops.untile(codes, N, K)
+    return _ops.untile(codes, format, N, K)
 
 
 def dequantize(
@@ -105,7 +105,7 @@ def _(codes, format, N, K):
 
 
 @torch.library.register_fake("fastpeft::untile")
-def _(codes, N, K):
+def _(codes, format, N, K):
     return codes.new_empty([ceil_div(N * K, 2)])
 
 

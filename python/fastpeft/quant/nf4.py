@@ -116,9 +116,7 @@ def _to_canonical(q: QuantizedTensor) -> dict[str, Tensor]:
     if q.nested is not None:  # on meta there is no number; the names and sizes still hold
         offset = 0.0 if q.nested.is_meta else q.nested[0].item()
     state = blob.QuantState(q.format, q.blocksize, q.dtype, q.shape, offset)
-    codes = ops.quant.untile(q.codes, N, K)
-    if q.format == "fp4" and N * K % 2:
-        codes[-1] &= 0xF0  # the nibble after the last element is zero's code; `untile` writes NF4's
+    codes = ops.quant.untile(q.codes, FORMAT_IDS[q.format], N, K)
     tensors = {
         "weight": codes.unsqueeze(1),
         "weight.absmax": _flat(q.scales, N, K, q.blocksize),
