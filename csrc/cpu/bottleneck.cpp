@@ -57,7 +57,7 @@ Value<Acc> activate(Activation kind, Acc a) {
 
 template <class T>
 void act_typed(const BottleneckActParams& p) {
-  using Acc = typename Accumulator<T>::type;
+  using Acc = fastpeft::Acc<T>;
   const T* z = static_cast<const T*>(p.z);
   const T* bias = static_cast<const T*>(p.bias);
   const T* dh = static_cast<const T*>(p.dh);
@@ -77,7 +77,7 @@ void act_typed(const BottleneckActParams& p) {
 
 template <class T>
 void out_typed(const BottleneckOutParams& p) {
-  using Acc = typename Accumulator<T>::type;
+  using Acc = fastpeft::Acc<T>;
   const T* u = static_cast<const T*>(p.u);
   const T* bias = static_cast<const T*>(p.bias);
   const T* residual = static_cast<const T*>(p.residual);

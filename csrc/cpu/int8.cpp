@@ -89,7 +89,7 @@ std::vector<int64_t> outlier_columns(const Int8EpilogueParams& p) {
 // Any dtype, element by element; float64 takes it, and machines without SIMD.
 template <class T>
 void epilogue_plain(const Int8EpilogueParams& p) {
-  using Acc = typename Accumulator<T>::type;
+  using Acc = fastpeft::Acc<T>;
   const int64_t N = p.w.N, K = p.w.K;
   const int8_t* codes = static_cast<const int8_t*>(p.w.codes);
   const float* absmax = static_cast<const float*>(p.w.scales);

@@ -13,7 +13,7 @@ namespace {
 
 template <class T>
 void dropout_typed(const DropoutParams& p) {
-  using Acc = typename Accumulator<T>::type;
+  using Acc = fastpeft::Acc<T>;
   const T* x = static_cast<const T*>(p.x);
   T* y = static_cast<T*>(p.y);
   const uint64_t seed = uint64_t(*p.seed);

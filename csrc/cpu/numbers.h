@@ -5,8 +5,7 @@
 #include <cstdint>
 #include <cstring>
 
-#include "../core/check.h"
-#include "../core/types.h"
+#include "../core/instances.h"
 
 namespace fastpeft::cpu {
 
@@ -46,11 +45,6 @@ inline float to_float(Float16 v) {
   return float_of(sign | bits_of(tiny));
 }
 
-template <class T>
-struct Tag {
-  using type = T;
-};
-
 // Round to nearest even.
 inline float from_float(Tag<float>, float v) {
   return v;
@@ -75,30 +69,10 @@ inline Float16 from_float(Tag<Float16>, float v) {
   return {uint16_t(sign | (((a + 0xFFF + (a >> 13 & 1)) >> 13) - 0x1C000))};
 }
 
-// Kernels accumulate 16-bit types in float32 and float64 in float64.
-template <class T>
-struct Accumulator {
-  using type = float;
-};
-template <>
-struct Accumulator<double> {
-  using type = double;
-};
-
 // f(Tag<T>{}) for the type of dtype.
 template <class F>
 void dispatch(DType dtype, F&& f) {
-  switch (dtype) {
-    case DType::kFloat32:
-      return f(Tag<float>{});
-    case DType::kFloat64:
-      return f(Tag<double>{});
-    case DType::kBFloat16:
-      return f(Tag<BFloat16>{});
-    case DType::kFloat16:
-      return f(Tag<Float16>{});
-  }
-  FASTPEFT_CHECK(false, "unknown dtype ", int(dtype));
+  dispatch_types<BFloat16, Float16>(dtype, f);
 }
 
 }  // namespace fastpeft::cpu

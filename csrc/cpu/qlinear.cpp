@@ -16,9 +16,9 @@ namespace fastpeft::cpu {
 namespace {
 
 template <class T>
-std::vector<typename Accumulator<T>::type> widen(const void* values, int64_t count) {
+std::vector<fastpeft::Acc<T>> widen(const void* values, int64_t count) {
   const T* from = static_cast<const T*>(values);
-  std::vector<typename Accumulator<T>::type> to(count);
+  std::vector<fastpeft::Acc<T>> to(count);
   for (int64_t i = 0; i < count; ++i) to[i] = to_float(from[i]);
   return to;
 }
@@ -33,7 +33,7 @@ Acc strip_dot(const Acc* x, const float* w, int64_t count) {
 
 template <class T>
 void fwd_plain(const QLinearFwdParams& p) {
-  using Acc = typename Accumulator<T>::type;
+  using Acc = fastpeft::Acc<T>;
   const int64_t M = p.M, N = p.w.N, K = p.w.K, R = p.s ? p.R : 0;
   const std::vector<Acc> x = widen<T>(p.x, M * K), s = widen<T>(p.s, M * R);
   const T* bias = static_cast<const T*>(p.bias);
@@ -67,7 +67,7 @@ void fwd_plain(const QLinearFwdParams& p) {
 
 template <class T>
 void dgrad_plain(const QLinearDgradParams& p) {
-  using Acc = typename Accumulator<T>::type;
+  using Acc = fastpeft::Acc<T>;
   const int64_t M = p.M, N = p.w.N, K = p.w.K, R = p.ds ? p.R : 0;
   const std::vector<Acc> dy = widen<T>(p.dy, M * N), ds = widen<T>(p.ds, M * R);
   const T* lora_a = static_cast<const T*>(p.lora_a);

@@ -3,25 +3,12 @@
 #include <cuda_bf16.h>
 #include <cuda_fp16.h>
 
-#include "../../csrc/core/check.h"
-#include "../../csrc/core/types.h"
+#include "../../csrc/core/instances.h"
 
 namespace fastpeft::cuda {
 
 using bf16 = __nv_bfloat16;
 using fp16 = __half;
-
-// 16-bit types accumulate in float32, float64 in float64.
-template <class T>
-struct AccOf {
-  using type = float;
-};
-template <>
-struct AccOf<double> {
-  using type = double;
-};
-template <class T>
-using Acc = typename AccOf<T>::type;
 
 __device__ __forceinline__ float to_acc(float v) {
   return v;
@@ -89,25 +76,10 @@ __device__ __forceinline__ void store_vec(T* p, const Vec<T, kCount>& value) {
   *reinterpret_cast<Vec<T, kCount>*>(p) = value;
 }
 
-template <class T>
-struct Tag {
-  using type = T;
-};
-
 // f(Tag<T>{}) for the type of dtype.
 template <class F>
 void dispatch(DType dtype, F&& f) {
-  switch (dtype) {
-    case DType::kFloat32:
-      return f(Tag<float>{});
-    case DType::kFloat64:
-      return f(Tag<double>{});
-    case DType::kBFloat16:
-      return f(Tag<bf16>{});
-    case DType::kFloat16:
-      return f(Tag<fp16>{});
-  }
-  FASTPEFT_CHECK(false, "unknown dtype ", int(dtype));
+  dispatch_types<bf16, fp16>(dtype, f);
 }
 
 }  // namespace fastpeft::cuda
