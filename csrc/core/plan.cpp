@@ -92,8 +92,16 @@ double dequant_matmul_us(const Problem& p) {
   return 3.5 + weights * 2.516 / 3.3e6 + 5.0 + matmul;
 }
 
-double wgmma_best_us(const Problem& p) {
-  return wgmma_serves(p) ? std::min(wgmma_us(p, 128), wgmma_us(p, 256)) : HUGE_VAL;
+// Microseconds by the better of the two widths of a tile; never, where the kernel does not serve.
+struct WgmmaChoice {
+  double us = HUGE_VAL;
+  int64_t tile_tokens = 0;
+};
+
+WgmmaChoice wgmma_choice(const Problem& p) {
+  if (!wgmma_serves(p)) return {};
+  const double narrow = wgmma_us(p, 128), wide = wgmma_us(p, 256);
+  return narrow < wide ? WgmmaChoice{narrow, 128} : WgmmaChoice{wide, 256};
 }
 
 }  // namespace
@@ -104,21 +112,20 @@ Plan make_plan(const Problem& p) {
     plan.kernel = KernelId::kDense;
     return plan;
   }
-  const bool is_skinny = skinny_serves(p) && p.M <= 256 &&
-                         skinny_us(p) < std::min(dequant_matmul_us(p), wgmma_best_us(p));
+  const WgmmaChoice wgmma = wgmma_choice(p);
+  const double dense_us = dequant_matmul_us(p);
+  const bool is_skinny =
+      skinny_serves(p) && p.M <= 256 && skinny_us(p) < std::min(dense_us, wgmma.us);
   if (p.M <= fused_tokens(p) || is_skinny) {
     plan.kernel = KernelId::kFused;
     plan.fuses_lora = p.dtype != DType::kFloat64;  // it scales in float32
     return plan;
   }
-  if (wgmma_serves(p)) {
-    const double narrow = wgmma_us(p, 128), wide = wgmma_us(p, 256);
-    if (std::min(narrow, wide) < dequant_matmul_us(p)) {
-      plan.kernel = KernelId::kWgmma;
-      plan.fuses_lora = p.R <= 64 && p.R % 8 == 0;
-      plan.tile_tokens = narrow < wide ? 128 : 256;
-      return plan;
-    }
+  if (wgmma.us < dense_us) {
+    plan.kernel = KernelId::kWgmma;
+    plan.fuses_lora = p.R <= 64 && p.R % 8 == 0;
+    plan.tile_tokens = wgmma.tile_tokens;
+    return plan;
   }
   if (p.arch == 0 && p.direction == Direction::kFwd) {
     // About 8 MiB a panel: 4096 x 4096 in float32, plain code, M = 64 / 512: 42 / 141 ms; whole 68
