@@ -9,7 +9,15 @@ import torch
 from torch import Tensor, nn
 
 from ..ops.lora import LowRank
-from .lora_config import check_dora, check_rank, check_scale
+from .lora_config import check_dora, check_rank, check_scale, scaling_of
+
+
+def product(A: Tensor, B: Tensor, scaling: float) -> Tensor:
+    """scaling * B A of A [R, K], B [N, R]: [N, K], float32 (float64 for float64 factors), without
+    a gradient.
+    """
+    wide = torch.promote_types(A.dtype, torch.float32)
+    return B.detach().to(wide) @ A.detach().to(wide) * scaling
 
 
 class LoRAAdapter(nn.Module):
@@ -80,7 +88,7 @@ class LoRAAdapter(nn.Module):
     @property
     def scaling(self) -> float:
         """Factor of the branch."""
-        return self.lora_alpha / (math.sqrt(self.r) if self.use_rslora else self.r)
+        return scaling_of(self.r, self.lora_alpha, self.use_rslora)
 
     def reset_parameters(self, init_lora_weights: bool | str = True) -> None:
         """Draws A (and B) anew, see the class."""
@@ -112,9 +120,7 @@ class LoRAAdapter(nn.Module):
         """scaling * B A, [N, K], float32 (float64 for float64 factors): what merging adds to the
         weight, before DoRA's scaling.
         """
-        A, B = (factor.detach() for factor in self.factors())
-        wide = torch.promote_types(A.dtype, torch.float32)
-        return B.to(wide) @ A.to(wide) * self.scaling
+        return product(*self.factors(), self.scaling)
 
     def extra_repr(self) -> str:
         """Rank, alpha, dropout and bytes."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
@@ -45,6 +46,11 @@ def check_scale(lora_alpha: object, lora_dropout: object, init_lora_weights: obj
             f"one of {INIT_MODES}",
             "True starts with the base's output.",
         )
+
+
+def scaling_of(r: int, lora_alpha: float, use_rslora: bool) -> float:
+    """Factor of a low-rank branch: lora_alpha / r, or lora_alpha / sqrt(r) (rsLoRA)."""
+    return lora_alpha / (math.sqrt(r) if use_rslora else r)
 
 
 def check_dora(use_dora: bool, lora_bias: bool) -> None:

@@ -9,7 +9,6 @@ with the branch too. Names in files are peft's: lora_embedding_A, lora_embedding
 
 from __future__ import annotations
 
-import math
 from typing import Any
 
 import torch
@@ -20,7 +19,8 @@ from ..errors import ConfigError, refuse
 from ..ops.lora import LowRank
 from . import lora_dora, lora_init
 from .lora import LoRALinear
-from .lora_config import check_dora, check_rank, check_scale
+from .lora_adapter import product
+from .lora_config import check_dora, check_rank, check_scale, scaling_of
 from .rows import low_rank_by_rows
 
 
@@ -83,7 +83,7 @@ class EmbeddingAdapter(nn.Module):
     @property
     def scaling(self) -> float:
         """Factor of the branch."""
-        return self.lora_alpha / (math.sqrt(self.r) if self.use_rslora else self.r)
+        return scaling_of(self.r, self.lora_alpha, self.use_rslora)
 
     def low_rank(self) -> LowRank:
         """A [R, V], B [D, R] and the factor."""
@@ -91,9 +91,7 @@ class EmbeddingAdapter(nn.Module):
 
     def delta(self) -> Tensor:
         """scaling * B A, [D, V], float32 or wider: what merging adds to W = E^T."""
-        A, B = self.lora_embedding_A.detach(), self.lora_embedding_B.detach()
-        wide = torch.promote_types(A.dtype, torch.float32)
-        return B.to(wide) @ A.to(wide) * self.scaling
+        return product(self.lora_embedding_A, self.lora_embedding_B, self.scaling)
 
     def extra_repr(self) -> str:
         """Rank, alpha and the like."""
