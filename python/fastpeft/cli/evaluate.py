@@ -7,6 +7,7 @@ from typing import Annotated
 
 import typer
 
+from .options import Device, JsonResult
 from .show import as_json, table
 
 
@@ -17,8 +18,8 @@ def command(
     ] = None,
     max_new_tokens: Annotated[int, typer.Option(min=1, help="Length of the answer.")] = 48,
     tolerance: Annotated[float, typer.Option(min=0.0, help="Allowed difference, nats.")] = 1e-4,
-    device: Annotated[str, typer.Option(help="auto, cpu or cuda.")] = "auto",
-    json_output: Annotated[bool, typer.Option("--json", help="Result as JSON.")] = False,
+    device: Device = "auto",
+    json_output: JsonResult = False,
 ) -> None:
     """Reload a run's base and adapter, measure the held-out loss again, compare it."""
     from fastpeft.errors import StateError, refuse

@@ -9,6 +9,7 @@ import typer
 
 from fastpeft.errors import ConfigError, refuse
 
+from .options import Device
 from .show import as_json
 
 
@@ -74,7 +75,7 @@ def command(
     temperature: Annotated[float, typer.Option(min=0.0, help="0: likeliest token.")] = 0.0,
     seed: Annotated[int, typer.Option(help="Of the sampling.")] = 0,
     dtype: Annotated[str, typer.Option(help="auto, float32, bfloat16 or float16.")] = "auto",
-    device: Annotated[str, typer.Option(help="auto, cpu or cuda.")] = "auto",
+    device: Device = "auto",
     json_output: Annotated[bool, typer.Option("--json", help="Answer as JSON.")] = False,
 ) -> None:
     """Continue a prompt through base + adapter."""

@@ -7,6 +7,7 @@ from typing import Annotated
 
 import typer
 
+from .options import Device, JsonResult, Overwrite, StoredDtype
 from .show import as_bytes, as_json, as_seconds, table
 
 
@@ -24,12 +25,10 @@ def command(
     save_as: Annotated[
         str, typer.Option(help="With --requantize: bitsandbytes, fastpeft or auto.")
     ] = "auto",
-    dtype: Annotated[
-        str, typer.Option(help="auto (as stored), float32, bfloat16 or float16.")
-    ] = "auto",
-    device: Annotated[str, typer.Option(help="auto, cpu or cuda.")] = "auto",
-    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace OUTPUT.")] = False,
-    json_output: Annotated[bool, typer.Option("--json", help="Result as JSON.")] = False,
+    dtype: StoredDtype = "auto",
+    device: Device = "auto",
+    overwrite: Overwrite = False,
+    json_output: JsonResult = False,
 ) -> None:
     """Fold an adapter into its base; show how far the stored weights are from the exact sum."""
     from fastpeft.train.base import pick_device

@@ -10,6 +10,7 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
+from .options import Device, JsonResult, Overwrite, StoredDtype
 from .show import as_bytes, as_json, as_seconds, table
 
 
@@ -81,12 +82,10 @@ def command(
     save_as: Annotated[
         str, typer.Option(help="bitsandbytes, fastpeft, or auto: the first that can say it.")
     ] = "auto",
-    dtype: Annotated[
-        str, typer.Option(help="auto (as stored), float32, bfloat16 or float16.")
-    ] = "auto",
-    device: Annotated[str, typer.Option(help="auto, cpu or cuda.")] = "auto",
-    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace OUTPUT.")] = False,
-    json_output: Annotated[bool, typer.Option("--json", help="Result as JSON.")] = False,
+    dtype: StoredDtype = "auto",
+    device: Device = "auto",
+    overwrite: Overwrite = False,
+    json_output: JsonResult = False,
 ) -> None:
     """Quantise a model folder; show the error of every layer."""
     from fastpeft.train.base import pick_device
