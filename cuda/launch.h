@@ -16,6 +16,10 @@ struct DeviceFacts {
 };
 DeviceFacts device_facts();
 
+// Programmatic dependent launch, on unless FASTPEFT_PDL=0: see dependent_launch.cuh.
+bool dependent_launch();
+void set_dependent_launch(bool is_on);
+
 FASTPEFT_DECLARE_KERNELS
 
 }  // namespace fastpeft::cuda

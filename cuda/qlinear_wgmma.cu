@@ -28,7 +28,7 @@
 // about 150 issue slots of decode a warp: hidden. The card is power-limited there.
 #include <algorithm>
 
-#include "check.cuh"
+#include "dependent_launch.cuh"
 #include "device/sm90.cuh"
 #include "device/tensor_map.cuh"
 #include "device/wgmma.cuh"
@@ -597,17 +597,9 @@ template <class C>
 void launch(const GemmArgs& a, const Maps& maps, int sm_count, Stream stream) {
   allow_shared_memory(reinterpret_cast<const void*>(qlinear_wgmma_kernel<C>), C::kShared);
   const int total = a.tiles_r * a.tiles_t, blocks = sm_count / 2 * 2;
-  cudaLaunchConfig_t config = {};
-  config.gridDim = dim3(total >= blocks ? blocks : std::min(blocks, 2 * total));
-  config.blockDim = dim3(kThreads);
-  config.dynamicSmemBytes = C::kShared;
-  config.stream = cuda_stream(stream);
-  cudaLaunchAttribute attribute;
-  attribute.id = cudaLaunchAttributeClusterDimension;
-  attribute.val.clusterDim.x = 2, attribute.val.clusterDim.y = 1, attribute.val.clusterDim.z = 1;
-  config.attrs = &attribute;
-  config.numAttrs = 1;
-  FASTPEFT_CUDA_CHECK(cudaLaunchKernelEx(&config, qlinear_wgmma_kernel<C>, maps, a));
+  launch_kernel(qlinear_wgmma_kernel<C>, "qlinear_wgmma_kernel",
+                dim3(unsigned(total >= blocks ? blocks : std::min(blocks, 2 * total))), kThreads,
+                C::kShared, stream, 2, maps, a);
 }
 
 template <bool kDgrad>

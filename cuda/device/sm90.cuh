@@ -131,14 +131,6 @@ FASTPEFT_DEVICE uint64_t swizzled_descriptor(uint32_t address) {
   return (uint64_t(1) << 62) | (uint64_t(64) << 32) | (uint64_t(1) << 16) | (address >> 4);
 }
 
-// ---- programmatic dependent launch
-FASTPEFT_DEVICE void launch_dependents() {
-  asm volatile("griddepcontrol.launch_dependents;" ::: "memory");
-}
-FASTPEFT_DEVICE void wait_for_predecessor() {
-  asm volatile("griddepcontrol.wait;" ::: "memory");
-}
-
 // ---- small integer bricks
 FASTPEFT_DEVICE uint32_t permute_bytes(uint32_t a, uint32_t b, uint32_t selector) {
   uint32_t r;
