@@ -64,7 +64,9 @@ py::dict plan(int64_t M, int64_t N, int64_t K, int64_t R, const std::string& for
   py::dict result;
   result["kernel"] = kernel_name(chosen.kernel);
   result["fuses_lora"] = chosen.fuses_lora;
+  result["tile_rows"] = chosen.tile_rows;
   result["tile_tokens"] = chosen.tile_tokens;
+  result["split"] = chosen.split;
   result["panel_rows"] = chosen.panel_rows;
   result["workspace_bytes"] = chosen.workspace_bytes;
   result["text"] = describe(p, chosen);
@@ -80,7 +82,8 @@ PYBIND11_MODULE(_C, m) {
   m.def("plan", &plan, py::arg("M"), py::arg("N"), py::arg("K"), py::arg("R") = 0,
         py::arg("format") = "nf4", py::arg("blocksize") = 64, py::arg("direction") = "fwd",
         py::arg("dtype") = "bfloat16", py::arg("arch") = 0, py::arg("sm_count") = 0,
-        "The kernel that serves this problem: dict of kernel, fuses_lora, tile_tokens, panel_rows, "
+        "The kernel that serves this problem: dict of kernel, fuses_lora, tile_rows, tile_tokens, "
+        "split, panel_rows, "
         "workspace_bytes, text. arch is the compute "
         "capability times 10, 0 for the CPU.");
   m.attr("NF4_CODE") = std::vector<float>(kNf4Code, kNf4Code + 16);

@@ -179,7 +179,8 @@ void launch_dgrad(const QLinearDgradParams& p, const W& w, const Codebook& book)
 void qlinear_fwd(const QLinearFwdParams& p) {
   if (p.M == 0 || p.w.N == 0) return;
   FASTPEFT_CHECK(p.w.format != Format::kDense, "qlinear_fwd: a dense weight has nothing to decode");
-  if (p.tile_tokens > 0) return qlinear_wgmma_fwd(p);
+  if (p.plan.kernel == KernelId::kWgmma) return qlinear_wgmma_fwd(p);
+  if (p.plan.kernel == KernelId::kNarrow) return qlinear_narrow_fwd(p);
   if (skinny_fits(p)) return qlinear_fwd_skinny(p);
   dispatch(p.dtype, [&](auto tag) {
     using T = typename decltype(tag)::type;
@@ -194,7 +195,8 @@ void qlinear_dgrad(const QLinearDgradParams& p) {
   if (p.M == 0 || p.w.K == 0) return;
   FASTPEFT_CHECK(p.w.format != Format::kDense,
                  "qlinear_dgrad: a dense weight has nothing to decode");
-  if (p.tile_tokens > 0) return qlinear_wgmma_dgrad(p);
+  if (p.plan.kernel == KernelId::kWgmma) return qlinear_wgmma_dgrad(p);
+  if (p.plan.kernel == KernelId::kNarrow) return qlinear_narrow_dgrad(p);
   if (skinny_fits(p)) return qlinear_dgrad_skinny(p);
   dispatch(p.dtype, [&](auto tag) {
     using T = typename decltype(tag)::type;

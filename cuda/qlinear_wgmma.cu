@@ -7,12 +7,8 @@
 // registers; activations are B, brought in by TMA with the 128-byte swizzle. The LoRA factor is up
 // to four more k16 steps on the same sums.
 //
-// Weight: tiled NF4 of csrc/core/formats.h, blocksize a multiple of 64, K % blocksize == 0.
-// ldmatrix on a 16x16 tile gives a lane the 8 nibbles of its m16k16 fragment with rows n,
-// ldmatrix.trans those with rows k. MMA rows g, g+8 of a lane are neighbouring outputs 2*pi(g),
-// 2*pi(g)+1, so the epilogue packs them into one word. Scales: float32, or uint8 decoded here
-// (map[q] * nested + offset), as bf16(absmax / kCodeGain); the table holds bf16(code * kCodeGain).
-// kCodeGain lowers the rms rounding of the codes from 0.143 % to 0.085 % (searched over [1, 2)).
+// Decoding, scales, LoRA fragments: qlinear_wgmma.cuh. Two rows of a lane are neighbouring outputs,
+// so the epilogue packs them into one word.
 //
 // Work: tile 128 rows x kTokens tokens x 64. A block: warpgroup 0 = producers (warp 0: TMA; warp 1:
 // scales), warpgroups 1, 2 = consumers with 64 rows each. Blocks come in clusters of two. Tiles of
@@ -28,39 +24,14 @@
 // about 150 issue slots of decode a warp: hidden. The card is power-limited there.
 #include <algorithm>
 
-#include "dependent_launch.cuh"
-#include "device/sm90.cuh"
-#include "device/tensor_map.cuh"
-#include "device/wgmma.cuh"
-#include "launch.h"
-#include "qlinear_wgmma.h"
+#include "qlinear_wgmma.cuh"
 
 namespace fastpeft::cuda {
 
 namespace {
 
-constexpr float kCodeGain = 1.43675f;
-constexpr int kRows = 128, kBlockK = 64, kThreads = 384;
+constexpr int kRows = 128, kThreads = 384;
 constexpr int kChunk = 4;  // k-blocks whose scales are asked for at a time
-
-struct GemmArgs {
-  int M = 0;              // tokens
-  int rows = 0;           // length of an output row: N forward, K dgrad
-  int N = 0;              // rows of W
-  int padded_n = 0;       // N rounded up to 16: length of a scale column
-  int scale_columns = 0;  // K / blocksize
-  int column_shift = 0;   // log2(blocksize / 64)
-  int kblocks = 0;        // reduction / 64
-  int tiles_r = 0, tiles_t = 0;
-  int x_bytes =
-      0;  // of a stage of x: few tokens fill only part of a tile, the rest is never stored
-  const void* scales = nullptr;         // [scale_columns][padded_n] float32, or uint8 with nested
-  const float* nested = nullptr;        // [257 + groups]
-  const __nv_bfloat16* bias = nullptr;  // [rows] or null
-  const __nv_bfloat16* lora = nullptr;  // forward: B [N, R]; dgrad: A [R, K]
-  int R = 0;
-  float scaling = 1.0f;  // forward only; ds carries it in dgrad
-};
 
 template <bool kDgrad_, int kTokens_>
 struct Config {
@@ -78,52 +49,6 @@ struct Config {
   static_assert(kShared <= 232448, "shared memory of sm_90");
   static_assert(kStages * kXBytes >= kTokens / 2 * kRows * 4, "the exchange reuses the ring of x");
 };
-
-// The 16 bf16 codes as byte tables in 8 registers: low and high bytes, negative and positive half.
-struct Codebook {
-  uint32_t low_neg[2], low_pos[2], high_neg[2], high_pos[2];
-};
-
-__host__ __device__ constexpr uint32_t bf16_bits(float v) {
-  const uint32_t u = __builtin_bit_cast(uint32_t, v);
-  return (u + 0x7fffu + ((u >> 16) & 1u)) >> 16;
-}
-__host__ __device__ constexpr uint32_t code_bytes(int first, int shift) {
-  uint32_t r = 0;
-  for (int i = 0; i < 4; i++)
-    r |= ((bf16_bits(kNf4Code[first + i] * kCodeGain) >> shift) & 0xffu) << (8 * i);
-  return r;
-}
-
-FASTPEFT_DEVICE Codebook make_codebook() {
-  constexpr uint32_t a = code_bytes(0, 0), b = code_bytes(4, 0), c = code_bytes(8, 0),
-                     d = code_bytes(12, 0);
-  constexpr uint32_t e = code_bytes(0, 8), f = code_bytes(4, 8), g = code_bytes(8, 8),
-                     h = code_bytes(12, 8);
-  return {{opaque_constant(a), opaque_constant(b)},
-          {opaque_constant(c), opaque_constant(d)},
-          {opaque_constant(e), opaque_constant(f)},
-          {opaque_constant(g), opaque_constant(h)}};
-}
-
-// 8 nibbles -> the 4 registers of an m16k16 fragment, unscaled: 21 integer instructions.
-template <bool kDgrad>
-FASTPEFT_DEVICE void decode8(uint32_t w, const Codebook& t, uint32_t (&f)[4]) {
-  const uint32_t w4 = w << 4, s0 = w & 0x77777777u, s1 = s0 >> 16;
-  constexpr uint32_t first = kDgrad ? 0x6240 : 0x5140, second = kDgrad ? 0x7351 : 0x7362;
-#pragma unroll
-  for (int h = 0; h < 2; h++) {
-    const uint32_t s = h ? s1 : s0;
-    const uint32_t positive =
-        permute_bytes(w4, w, h ? 0xFBEA : 0xD9C8);  // bit 3 of each nibble, spread over a byte
-    const uint32_t low = (permute_bytes(t.low_pos[0], t.low_pos[1], s) & positive) |
-                         (permute_bytes(t.low_neg[0], t.low_neg[1], s) & ~positive);
-    const uint32_t high = (permute_bytes(t.high_pos[0], t.high_pos[1], s) & positive) |
-                          (permute_bytes(t.high_neg[0], t.high_neg[1], s) & ~positive);
-    f[2 * h] = permute_bytes(low, high, first);
-    f[2 * h + 1] = permute_bytes(low, high, second);
-  }
-}
 
 // One tile, or half of one tile's reduction.
 struct Item {
@@ -169,39 +94,37 @@ struct Schedule {
   }
 };
 
-// Position in the ring of stages.
-template <int kStages>
-struct Ring {
-  int stage = 0;
-  uint32_t phase;
-  FASTPEFT_DEVICE explicit Ring(uint32_t first_phase) : phase(first_phase) {}
-  FASTPEFT_DEVICE void advance() {
-    if (++stage == kStages) stage = 0, phase ^= 1;
-  }
-};
-
 struct Maps {
   CUtensorMap x, w, y, s;
 };
 
+// Codes of k-block kb of an item; announces the stage's bytes.
+template <class C>
+FASTPEFT_DEVICE void load_weight(const Maps& maps, const GemmArgs& a, const Item& item, int kb,
+                                 uint32_t base, uint32_t full0, int stage) {
+  const uint32_t full = full0 + 8 * stage, to = base + C::kWAt + stage * C::kWBytes;
+  barrier_expect(full, a.x_bytes + C::kWBytes);
+  if (C::kDgrad)
+    tma_load_3d(to, &maps.w, full, 0, item.row * 2, kb * 4);
+  else
+    tma_load_3d(to, &maps.w, full, 0, kb, item.row * 8);
+}
+
+// The codes of the first `early` k-blocks are on their way.
 template <class C>
 FASTPEFT_DEVICE void load_tiles(const Maps& maps, const GemmArgs& a, const Schedule& schedule,
-                                uint32_t base, uint32_t full0, uint32_t empty0) {
-  for (const CUtensorMap* m : {&maps.x, &maps.w, &maps.y}) tma_prefetch_map(m);
-  wait_for_predecessor();
+                                int early, uint32_t base, uint32_t full0, uint32_t empty0) {
   Ring<C::kStages> ring(1);
   for (int i = 0, items = schedule.count(); i < items; i++) {
     const Item item = schedule.at(i);
     for (int kb = item.begin; kb < item.end; kb++, ring.advance()) {
-      barrier_wait(empty0 + 8 * ring.stage, ring.phase);
-      const uint32_t full = full0 + 8 * ring.stage;
-      const uint32_t w = base + C::kWAt + ring.stage * C::kWBytes;
-      barrier_expect(full, a.x_bytes + C::kWBytes);
-      if (C::kDgrad)
-        tma_load_3d(w, &maps.w, full, 0, item.row * 2, kb * 4);
-      else
-        tma_load_3d(w, &maps.w, full, 0, kb, item.row * 8);
-      tma_load_2d(base + ring.stage * C::kXBytes, &maps.x, full, kb * kBlockK,
+      if (early > 0) {
+        early--;
+      } else {
+        barrier_wait(empty0 + 8 * ring.stage, ring.phase);
+        load_weight<C>(maps, a, item, kb, base, full0, ring.stage);
+      }
+      tma_load_2d(base + ring.stage * C::kXBytes, &maps.x, full0 + 8 * ring.stage, kb * kBlockK,
                   item.token * C::kTokens);
     }
     if (a.R > 0 &&
@@ -216,126 +139,32 @@ FASTPEFT_DEVICE void load_tiles(const Maps& maps, const GemmArgs& a, const Sched
   }
 }
 
-// A lane's four scales of kChunk k-blocks, as they lie in memory: float32 scales, or codes and the
-// nested absmax of each.
-struct RawScales {
-  float4 values[kChunk];
-  uint32_t codes[kChunk];
-};
-
-// A warp turns the 128 scales of each k-block into bf16(absmax / kCodeGain) in the stage: forward
-// 128 rows of one k-block, dgrad 64 rows (the reduction) of two k-blocks. It shares an issue port
-// with two consumer warps and the card is power-limited, so its instructions are counted: loads are
-// asked for kChunk k-blocks at a time (the ring hides one memory latency a chunk), and the gain is
-// folded into map and offset, which leaves one FMA a scale; against the exact two roundings that
-// moves a scale by 2^-24 before it is rounded to bf16.
-template <class C>
-struct ScaleProducer {
-  static constexpr bool kDgrad = C::kDgrad;
-  const GemmArgs& a;
-  const float* map;  // map / kCodeGain, in shared memory
-  const int lane;
-  float offset = 0.0f;
-  bool has_fixed_groups;  // forward: the nested absmax of a row is the same for all of its blocks
-  bool has_shared_group;  // four rows from a multiple of four share their nested absmax
-  float4 fixed;
-
-  FASTPEFT_DEVICE ScaleProducer(const GemmArgs& args, const float* shared_map)
-      : a(args), map(shared_map), lane(threadIdx.x & 31) {
-    if (a.nested) offset = __ldg(a.nested) * (1.0f / kCodeGain);
-    has_fixed_groups = !kDgrad && a.nested && 256 % a.scale_columns == 0;
-    has_shared_group = 64 % a.scale_columns == 0;
-  }
-  // Clamped, not tested: a branch around a load makes the compiler wait for each load by itself.
-  // Scales outside the matrix meet zeros of the other operand or rows that are never stored: any
-  // finite value will do.
-  FASTPEFT_DEVICE int row(const Item& item, int kb) const {
-    const int n = kDgrad ? kb * kBlockK + (lane & 15) * 4 : item.row * kRows + lane * 4;
-    return min(n, a.padded_n - 4);
-  }
-  FASTPEFT_DEVICE int column(const Item& item, int kb) const {
-    return min((kDgrad ? item.row * 2 + (lane >> 4) : kb) >> a.column_shift, a.scale_columns - 1);
-  }
-  FASTPEFT_DEVICE float4 nested_of(int n, int column) const {
-    const float* groups = a.nested + 257;
-    float v[4];
-#pragma unroll
-    for (int e = 0; e < 4; e++)  // rows of the padding borrow the last one's
-      v[e] = __ldg(groups + ((uint32_t(min(n + e, a.N - 1)) * a.scale_columns + column) >> 8));
-    return make_float4(v[0], v[1], v[2], v[3]);
-  }
-  FASTPEFT_DEVICE void begin(const Item& item) {
-    if (has_fixed_groups) fixed = nested_of(row(item, 0), 0);
-  }
-  FASTPEFT_DEVICE void load(const Item& item, int kb, RawScales& raw) const {
-    uint32_t at[kChunk];
-#pragma unroll
-    for (int j = 0; j < kChunk; j++) {
-      const int k = min(kb + j, item.end - 1);
-      at[j] = uint32_t(column(item, k)) * a.padded_n + row(item, k);
-    }
-    if (!a.nested) {
-#pragma unroll
-      for (int j = 0; j < kChunk; j++)
-        raw.values[j] =
-            __ldg(reinterpret_cast<const float4*>(static_cast<const float*>(a.scales) + at[j]));
-      return;
-    }
-#pragma unroll
-    for (int j = 0; j < kChunk; j++)
-      raw.codes[j] =
-          __ldg(reinterpret_cast<const uint32_t*>(static_cast<const uint8_t*>(a.scales) + at[j]));
-    if (has_fixed_groups) {
-#pragma unroll
-      for (int j = 0; j < kChunk; j++) raw.values[j] = fixed;
-      return;
-    }
-    if (has_shared_group) {
-#pragma unroll
-      for (int j = 0; j < kChunk; j++) {
-        const int k = min(kb + j, item.end - 1);
-        const uint32_t flat = uint32_t(row(item, k)) * a.scale_columns + column(item, k);
-        const float v = __ldg(a.nested + 257 + (flat >> 8));
-        raw.values[j] = make_float4(v, v, v, v);
-      }
-      return;
-    }
-#pragma unroll
-    for (int j = 0; j < kChunk; j++) {
-      const int k = min(kb + j, item.end - 1);
-      raw.values[j] = nested_of(row(item, k), column(item, k));
-    }
-  }
-  FASTPEFT_DEVICE uint2 decode(const float4& v, uint32_t codes) const {
-    if (!a.nested) {
-      constexpr float inverse = 1.0f / kCodeGain;
-      return make_uint2(pack_bf16(v.x * inverse, v.y * inverse),
-                        pack_bf16(v.z * inverse, v.w * inverse));
-    }
-    const float s0 = fmaf(map[codes & 255], v.x, offset),
-                s1 = fmaf(map[(codes >> 8) & 255], v.y, offset);
-    const float s2 = fmaf(map[(codes >> 16) & 255], v.z, offset),
-                s3 = fmaf(map[codes >> 24], v.w, offset);
-    return make_uint2(pack_bf16(s0, s1), pack_bf16(s2, s3));
-  }
-};
-
 template <class C>
 FASTPEFT_DEVICE void load_scales(const GemmArgs& a, const Schedule& schedule, uint32_t base,
-                                 uint32_t full0, uint32_t empty0, const float* map) {
-  ScaleProducer<C> producer(a, map);
+                                 uint32_t full0, uint32_t empty0, float* map) {
+  float v[8];  // everything is asked for before anything is used
+  if (a.nested) {
+#pragma unroll
+    for (int j = 0; j < 8; j++) v[j] = __ldg(a.nested + 1 + j * 32 + (threadIdx.x & 31));
+  }
+  ScaleProducer<C::kDgrad, 2, kChunk> producer(a, map);
   const uint32_t to = base + C::kSAt + producer.lane * 8;
+  RawScales<kChunk> raw;
   Ring<C::kStages> ring(1);
   for (int i = 0, items = schedule.count(); i < items; i++) {
     const Item item = schedule.at(i);
-    producer.begin(item);
+    producer.begin(item.row * kRows);
     for (int kb = item.begin; kb < item.end; kb += kChunk) {
-      RawScales raw;
-      producer.load(item, kb, raw);
+      producer.load(kb, item.end, raw);
+      if (a.nested && i == 0 && kb == item.begin) {
+#pragma unroll
+        for (int j = 0; j < 8; j++) map[j * 32 + producer.lane] = v[j] * (1.0f / kCodeGain);
+        __syncwarp();
+      }
 #pragma unroll
       for (int j = 0; j < kChunk; j++) {
         if (kb + j >= item.end) break;
-        const uint2 packed = producer.decode(raw.values[j], raw.codes[j]);
+        const uint2 packed = producer.decode(raw, j);
         barrier_wait(empty0 + 8 * ring.stage, ring.phase);
         asm volatile("st.shared.v2.b32 [%0], {%1, %2};" ::"r"(to + ring.stage * C::kSBytes),
                      "r"(packed.x), "r"(packed.y)
@@ -351,36 +180,6 @@ FASTPEFT_DEVICE void load_scales(const GemmArgs& a, const Schedule& schedule, ui
       if (producer.lane == 0) barrier_arrive(full0 + 8 * ring.stage);
       ring.advance();
     }
-  }
-}
-
-// Fragment of k16 step `step` of the output rows' low-rank factor: forward scaling * B, dgrad A^T.
-template <bool kDgrad>
-FASTPEFT_DEVICE void load_lora(const GemmArgs& a, int row, int step, int t, uint32_t (&f)[4]) {
-#pragma unroll
-  for (int i = 0; i < 2; i++) {
-    const int r = step * 16 + 2 * (t + 4 * i);
-    uint32_t even = 0, odd = 0;  // rank pair of rows `row`, `row + 1`
-    if (row < a.rows && r < a.R) {
-      if (kDgrad) {
-        const uint32_t v0 =
-            __ldg(reinterpret_cast<const uint32_t*>(a.lora + size_t(r) * a.rows + row));
-        const uint32_t v1 =
-            __ldg(reinterpret_cast<const uint32_t*>(a.lora + size_t(r + 1) * a.rows + row));
-        even = permute_bytes(v0, v1, 0x5410);
-        odd = permute_bytes(v0, v1, 0x7632);
-      } else {
-        auto scaled = [&](int n) {
-          const __nv_bfloat162 v =
-              *reinterpret_cast<const __nv_bfloat162*>(a.lora + size_t(n) * a.R + r);
-          return pack_bf16(__low2float(v) * a.scaling, __high2float(v) * a.scaling);
-        };
-        even = scaled(row);
-        odd = scaled(row + 1);
-      }
-    }
-    f[2 * i] = even;
-    f[2 * i + 1] = odd;
   }
 }
 
@@ -442,7 +241,7 @@ FASTPEFT_DEVICE void consume(const Maps& maps, const GemmArgs& a, const Schedule
   Ring<C::kStages> ring(0);
   int previous = -1;
   float acc[C::kTokens / 2];
-  if (a.R > 0 || a.bias) wait_for_predecessor();
+  wait_for_predecessor();  // before the low-rank factor and bias are read and y is written
 
   for (int i = 0, items = schedule.count(); i < items; i++) {
     const Item item = schedule.at(i);
@@ -564,7 +363,10 @@ __global__ void __launch_bounds__(kThreads, 1)
   float* map = reinterpret_cast<float*>(raw + (base - shared_address(raw)) + C::kMapAt);
   const uint32_t full0 = base + C::kBarAt, empty0 = full0 + 8 * C::kStages,
                  ready = empty0 + 8 * C::kStages;
-  if (threadIdx.x == 0) {
+  const Schedule schedule(a);
+  const int warp = __shfl_sync(0xffffffffu, threadIdx.x / 32, 0);
+  int early = 0;
+  if (warp == 0 && elect_one()) {
     for (int i = 0; i < C::kStages; i++) {
       barrier_init(full0 + 8 * i, 2);   // TMA's expectation and the scale warp
       barrier_init(empty0 + 8 * i, 8);  // consumer warps
@@ -572,17 +374,22 @@ __global__ void __launch_bounds__(kThreads, 1)
     barrier_init(ready, 8);
     barrier_init_fence();
     fence_async_proxy();
+    if (schedule.count() > 0) {
+      const Item item = schedule.at(0);
+      early = min(C::kStages, item.end - item.begin);
+      for (int i = 0; i < early; i++) load_weight<C>(maps, a, item, item.begin + i, base, full0, i);
+    }
   }
-  if (a.nested)
-    for (int i = threadIdx.x; i < 256; i += kThreads)
-      map[i] = __ldg(a.nested + 1 + i) * (1.0f / kCodeGain);
+  __syncwarp();
   cluster_sync();
   launch_dependents();
-  const Schedule schedule(a);
-  if (threadIdx.x < 128) {
-    asm volatile("setmaxnreg.dec.sync.aligned.u32 64;");
-    if (threadIdx.x == 0) load_tiles<C>(maps, a, schedule, base, full0, empty0);
-    if (threadIdx.x / 32 == 1) load_scales<C>(a, schedule, base, full0, empty0, map);
+  if (warp < 4) {
+    asm volatile("setmaxnreg.dec.sync.aligned.u32 72;");
+    if (warp == 0) {
+      wait_for_predecessor();
+      if (elect_one()) load_tiles<C>(maps, a, schedule, early, base, full0, empty0);
+    }
+    if (warp == 1) load_scales<C>(a, schedule, base, full0, empty0, map);
     __syncwarp();
   } else {
     asm volatile("setmaxnreg.inc.sync.aligned.u32 216;");
@@ -606,22 +413,14 @@ template <bool kDgrad>
 void run(const WeightView& w, GemmArgs a, const void* x, const void* s, void* y, int tokens,
          Stream stream) {
   const int64_t reduction = kDgrad ? w.N : w.K;
-  a.rows = int(kDgrad ? w.K : w.N);
-  a.N = int(w.N);
-  a.padded_n = int(round_up<int64_t>(w.N, kTileN));
-  a.scale_columns = int(w.K / w.blocksize);
-  while ((int64_t(64) << a.column_shift) < w.blocksize) a.column_shift++;
-  a.kblocks = int(ceil_div<int64_t>(reduction, kBlockK));
   a.tiles_r = ceil_div(a.rows, kRows);
   a.tiles_t = ceil_div(a.M, tokens);
-  a.scales = w.scales;
-  a.nested = w.nested;
   const int box = std::min<int>(tokens, round_up(a.M, 8));
   a.x_bytes = box * kBlockK * 2;
   bind_context();
   Maps maps;
   maps.x = matrix_map(x, reduction, a.M, kBlockK, box);
-  maps.w = weight_map(w, kDgrad);
+  maps.w = weight_map(w, kDgrad, 2);
   maps.y = matrix_map(y, a.rows, a.M, 64, 64);
   maps.s = a.R ? matrix_map(s, a.R, a.M, 64, box) : maps.x;
   const int sm_count = device_facts().sm_count;
@@ -634,21 +433,13 @@ void run(const WeightView& w, GemmArgs a, const void* x, const void* s, void* y,
 }  // namespace
 
 void qlinear_wgmma_fwd(const QLinearFwdParams& p) {
-  GemmArgs a;
-  a.M = int(p.M);
-  a.R = p.s ? int(p.R) : 0;
-  a.scaling = p.scaling;
-  a.bias = static_cast<const __nv_bfloat16*>(p.bias);
-  a.lora = static_cast<const __nv_bfloat16*>(p.lora_b);
-  run<false>(p.w, a, p.x, p.s, p.y, int(p.tile_tokens), p.stream);
+  const GemmArgs a = gemm_args<false>(p.w, p.M, p.bias, p.lora_b, p.s ? p.R : 0, p.scaling);
+  run<false>(p.w, a, p.x, p.s, p.y, int(p.plan.tile_tokens), p.stream);
 }
 
 void qlinear_wgmma_dgrad(const QLinearDgradParams& p) {
-  GemmArgs a;
-  a.M = int(p.M);
-  a.R = p.ds ? int(p.R) : 0;
-  a.lora = static_cast<const __nv_bfloat16*>(p.lora_a);
-  run<true>(p.w, a, p.dy, p.ds, p.dx, int(p.tile_tokens), p.stream);
+  const GemmArgs a = gemm_args<true>(p.w, p.M, nullptr, p.lora_a, p.ds ? p.R : 0, 1.0f);
+  run<true>(p.w, a, p.dy, p.ds, p.dx, int(p.plan.tile_tokens), p.stream);
 }
 
 }  // namespace fastpeft::cuda

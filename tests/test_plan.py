@@ -10,11 +10,11 @@ _C = pytest.importorskip("fastpeft._C", reason="fastpeft._C is not built: it pri
 
 FORMATS = ("dense", "nf4", "fp4", "int8")
 DTYPE_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
-KERNELS = {"fused", "wgmma", "dequantize+matmul", "panels+matmul", "dense"}
+KERNELS = {"fused", "wgmma", "narrow", "dequantize+matmul", "panels+matmul", "dense"}
 MACHINES = ((0, 2), (0, 64), (80, 108), (90, 132))  # (arch, multiprocessors or threads)
 SIZES = ((1, 1), (7, 341), (576, 1536), (4096, 4096), (28672, 8192))  # (N, K)
 PROBLEMS = list(
-    itertools.product(FORMATS, ("fwd", "dgrad"), DTYPE_BYTES, MACHINES, SIZES, (0, 1, 8, 9, 4096))
+    itertools.product(FORMATS, ("fwd", "dgrad"), DTYPE_BYTES, MACHINES, SIZES, (0, 1, 8, 9, 64, 200, 4096))
 )
 
 
@@ -40,9 +40,11 @@ def test_every_problem_has_a_sound_plan(fmt):
             assert machine[0] == 0 and 1 <= p["panel_rows"] <= max(N, 16), where
         if p["kernel"] == "dense":
             assert p["workspace_bytes"] == 0, where
-        if p["kernel"] == "wgmma":
+        if p["kernel"] in ("wgmma", "narrow"):
             assert machine[0] == 90 and format == "nf4" and dtype == "bfloat16", where
-            assert K % 64 == 0 and p["tile_tokens"] in (128, 256), where
+            assert K % 64 == 0 and p["tile_rows"] in (64, 128), where
+            widths = (128, 256) if p["kernel"] == "wgmma" else (16, 32, 64, 128)
+            assert p["tile_tokens"] in widths and p["split"] in (1, 2, 4, 8), where
 
 
 @pytest.mark.parametrize("machine", MACHINES)

@@ -3,6 +3,7 @@
 // width.
 #pragma once
 #include "formats.h"
+#include "plan.h"
 #include "types.h"
 
 namespace fastpeft {
@@ -61,7 +62,7 @@ struct DequantizeParams {
 struct QLinearFwdParams {
   WeightView w;
   int64_t M = 0, R = 0;
-  int64_t tile_tokens = 0;  // Plan::tile_tokens: > 0 the tensor-core kernel, 0 the one for small M
+  Plan plan;  // kernel and tile; kWgmma and kNarrow or the kernels for small M
   DType dtype = DType::kFloat32;
   const void* x = nullptr;       // [M, K]
   const void* bias = nullptr;    // [N] or null
@@ -76,7 +77,7 @@ struct QLinearFwdParams {
 struct QLinearDgradParams {
   WeightView w;
   int64_t M = 0, R = 0;
-  int64_t tile_tokens = 0;  // Plan::tile_tokens: > 0 the tensor-core kernel, 0 the one for small M
+  Plan plan;  // kernel and tile; kWgmma and kNarrow or the kernels for small M
   DType dtype = DType::kFloat32;
   const void* dy = nullptr;      // [M, N]
   const void* ds = nullptr;      // [M, R] = scaling * dy B, or null

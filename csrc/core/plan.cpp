@@ -21,12 +21,11 @@ bool skinny_serves(const Problem& p) {
   return p.direction == Direction::kFwd ? p.blocksize >= kTileK : p.N % 8 == 0;
 }
 
-// Microseconds of the skinny kernels above 16 tokens, measured on an H200 (cold L2, NF4, bf16): 2.5
-// to start and end, then a pass for every 16 tokens over the strips (16 x 64 weights) that fall to
-// one multiprocessor. us at M = 16 / 32 / 64, forward and dgrad:
-//   4096x4096   9.9 / 17.6 / 32.5, 10.8 / 19.4 / 36.4     14336x4096  27 / 51 / 98, 25 / 49 / 94
-//   1024x4096   7.3 / 7.6 / 13.6,  5.5 / 9.7 / 18.2       28672x8192  78 / 152 / 301, 93 / 184 /
-//   363
+// Microseconds of the skinny kernels from 9 tokens on, measured on an H200 (cold L2, NF4, bf16, no
+// dependent launch): passes of 16 tokens over the strips (16 x 64 weights) that fall to one
+// multiprocessor. us at M = 16 / 32 / 64, forward and dgrad:
+//   4096x4096   9.1 / 15.8 / 29,  8.4 / 11.4 / 18.7     14336x4096  17 / 31 / 57,  18.3 / 27.4 / 49
+//   1024x4096   6.3 / 6.7 / 12,   4.8 / 5.9 / 9.0       28672x8192  54 / 104 / 205, 53 / 94 / 191
 // The formula is within 20 % of these.
 double skinny_us(const Problem& p) {
   const bool is_fwd = p.direction == Direction::kFwd;
@@ -35,7 +34,7 @@ double skinny_us(const Problem& p) {
   const int64_t depth = is_fwd ? ceil_div<int64_t>(p.K, 64) : ceil_div<int64_t>(p.N, 32);
   const double waves = double(ceil_div(std::min(parts, sms) * passes, sms));
   const double strips = double(ceil_div(parts, sms) * depth);
-  return 2.5 + waves * (1.5 + (is_fwd ? 0.046 : 0.050) * strips);
+  return is_fwd ? 2.5 + waves * (2.5 + 0.028 * strips) : 3.5 + waves * (0.3 + 0.026 * strips);
 }
 
 // Tokens up to which one fused pass over the packed bytes wins over anything else. CUDA: the skinny
@@ -92,16 +91,60 @@ double dequant_matmul_us(const Problem& p) {
   return 3.5 + weights * 2.516 / 3.3e6 + 5.0 + matmul;
 }
 
-// Microseconds by the better of the two widths of a tile; never, where the kernel does not serve.
-struct WgmmaChoice {
-  double us = HUGE_VAL;
-  int64_t tile_tokens = 0;
+struct Choice {
+  double us = HUGE_VAL;  // never, where the kernel does not serve
+  Plan plan;
 };
 
-WgmmaChoice wgmma_choice(const Problem& p) {
-  if (!wgmma_serves(p)) return {};
+// The better of the two widths of a tile.
+Choice wgmma_choice(const Problem& p) {
+  Choice best;
+  if (!wgmma_serves(p)) return best;
+  best.plan.kernel = KernelId::kWgmma;
+  best.plan.tile_rows = 128;
   const double narrow = wgmma_us(p, 128), wide = wgmma_us(p, 256);
-  return narrow < wide ? WgmmaChoice{narrow, 128} : WgmmaChoice{wide, 256};
+  best.plan.tile_tokens = narrow < wide ? 128 : 256;
+  best.us = std::min(narrow, wide);
+  return best;
+}
+
+// Microseconds of cuda/qlinear_narrow.cu with a tile of 64 or 128 rows whose reduction `split`
+// blocks share, measured on an H200: a start, then for each wave of blocks a prologue and its
+// k-blocks. Clusters of 4 and 8 find 30 and 14 places on 132 multiprocessors. us, model / measured,
+// forward:
+//   4096x4096  M = 16 / 64: 8.2 / 7.9, 9.1 / 9.3      14336x4096  14.5 / 15.1, 19.7 / 20.0
+//   1024x4096  6.0 / 5.4,   6.6 / 6.5                 28672x8192  M = 64: 70 / 67.8
+double narrow_us(const Problem& p, int64_t rows, int64_t tokens, int64_t split) {
+  const bool is_fwd = p.direction == Direction::kFwd, is_tall = rows == 128;
+  const int64_t outputs = is_fwd ? p.N : p.K, kblocks = ceil_div<int64_t>(is_fwd ? p.K : p.N, 64);
+  const int64_t clusters = ceil_div(outputs, rows) * ceil_div(p.M, tokens);
+  const int64_t sms = std::max(p.sm_count, 8);
+  const int64_t places = split == 8 ? sms * 14 / 132 : split == 4 ? sms * 30 / 132 : sms / split;
+  const double waves = double(ceil_div(clusters, std::max<int64_t>(places, 1)));
+  const double each = double(ceil_div(kblocks, split));
+  const int width = tokens == 16 ? 0 : tokens == 32 ? 1 : tokens == 64 ? 2 : 3;
+  constexpr double kLow[4] = {0.136, 0.139, 0.155, 0.190}, kTall[4] = {0.174, 0.198, 0.250, 0.0};
+  constexpr double kStart[4] = {2.0, 2.0, 2.3, 2.9};
+  const double block = (is_tall ? kTall : kLow)[width] * (is_fwd ? 1.0 : 1.04);
+  return 1.4 + waves * (kStart[width] + each * block) + (split > 1 ? 0.4 : 0.0);
+}
+
+Choice narrow_choice(const Problem& p) {
+  Choice best;
+  if (!wgmma_serves(p) || p.M > 512) return best;
+  const int64_t tokens = p.M <= 16 ? 16 : p.M <= 32 ? 32 : p.M <= 64 ? 64 : 128;
+  for (const int64_t rows : {64, 128})
+    for (const int64_t split : {1, 2, 4, 8}) {
+      if (rows == 128 && (tokens == 128 || split > 1)) continue;
+      const double us = narrow_us(p, rows, tokens, split);
+      if (us >= best.us) continue;
+      best.us = us;
+      best.plan.kernel = KernelId::kNarrow;
+      best.plan.tile_rows = rows;
+      best.plan.tile_tokens = tokens;
+      best.plan.split = split;
+    }
+  return best;
 }
 
 }  // namespace
@@ -112,19 +155,21 @@ Plan make_plan(const Problem& p) {
     plan.kernel = KernelId::kDense;
     return plan;
   }
-  const WgmmaChoice wgmma = wgmma_choice(p);
+  const Choice wgmma = wgmma_choice(p), narrow = narrow_choice(p);
+  const Choice& tensor = narrow.us < wgmma.us ? narrow : wgmma;
   const double dense_us = dequant_matmul_us(p);
-  const bool is_skinny =
-      skinny_serves(p) && p.M <= 256 && skinny_us(p) < std::min(dense_us, wgmma.us);
-  if (p.M <= fused_tokens(p) || is_skinny) {
+  const int64_t few = wgmma_serves(p) ? 8 : fused_tokens(p);  // nothing else comes near
+  const double fused_us = p.M <= few                       ? 0.0
+                          : skinny_serves(p) && p.M <= 256 ? skinny_us(p)
+                                                           : HUGE_VAL;
+  if (fused_us < std::min(dense_us, tensor.us)) {
     plan.kernel = KernelId::kFused;
     plan.fuses_lora = p.dtype != DType::kFloat64;  // it scales in float32
     return plan;
   }
-  if (wgmma.us < dense_us) {
-    plan.kernel = KernelId::kWgmma;
+  if (tensor.us < dense_us) {
+    plan = tensor.plan;
     plan.fuses_lora = p.R <= 64 && p.R % 8 == 0;
-    plan.tile_tokens = wgmma.tile_tokens;
     return plan;
   }
   if (p.arch == 0 && p.direction == Direction::kFwd) {
@@ -149,7 +194,8 @@ std::string describe(const Problem& p, const Plan& plan) {
     << (p.arch ? "sm_" + std::to_string(p.arch) : std::string("cpu")) << ": "
     << kernel_name(plan.kernel);
   if (plan.panel_rows) s << " panel_rows=" << plan.panel_rows;
-  if (plan.tile_tokens) s << " tile=128x" << plan.tile_tokens;
+  if (plan.tile_tokens) s << " tile=" << plan.tile_rows << "x" << plan.tile_tokens;
+  if (plan.split > 1) s << " split=" << plan.split;
   s << " workspace_bytes=" << plan.workspace_bytes;
   return s.str();
 }

@@ -28,6 +28,7 @@ enum class KernelId : int32_t {
   kPanels = 2,         // CPU: panels of rows dequantised into cache, torch's matmul on each
   kDense = 3,          // nothing to decode
   kWgmma = 4,          // sm_90a tensor cores, decode in registers, no 16-bit copy of W at any M
+  kNarrow = 5,         // the same for few tokens: decode spread over four warpgroups
 };
 
 constexpr const char* kernel_name(KernelId k) {
@@ -35,13 +36,16 @@ constexpr const char* kernel_name(KernelId k) {
          : k == KernelId::kDequantMatmul ? "dequantize+matmul"
          : k == KernelId::kPanels        ? "panels+matmul"
          : k == KernelId::kWgmma         ? "wgmma"
+         : k == KernelId::kNarrow        ? "narrow"
                                          : "dense";
 }
 
 struct Plan {
   KernelId kernel = KernelId::kDequantMatmul;
   bool fuses_lora = false;      // the low-rank product rides on the same sums
-  int64_t tile_tokens = 0;      // kWgmma: width of a tile over M
+  int64_t tile_rows = 0;        // kWgmma, kNarrow: output rows of a tile
+  int64_t tile_tokens = 0;      // kWgmma, kNarrow: tokens of a tile
+  int64_t split = 1;            // kNarrow: blocks of a cluster that share a tile's reduction
   int64_t panel_rows = 0;       // kPanels: rows of W a panel
   int64_t workspace_bytes = 0;  // temporary memory beside the output
 };

@@ -94,7 +94,7 @@ void fused_fwd(const Backend& backend, const WeightArgs& w, const Plan& plan, DT
   p.dtype = dtype;
   p.x = x.data_ptr();
   p.bias = bias ? bias->data_ptr() : nullptr;
-  p.tile_tokens = plan.tile_tokens;
+  p.plan = plan;
   if (lora && plan.fuses_lora) {
     p.R = lora->s.size(1);
     p.s = lora->s.data_ptr();
@@ -136,6 +136,7 @@ bool base_fwd(const Backend& backend, const WeightArgs& w, DType dtype, double t
   switch (plan.kernel) {
     case KernelId::kFused:
     case KernelId::kWgmma:
+    case KernelId::kNarrow:
       fused_fwd(backend, w, plan, dtype, x, bias, lora, y);
       return plan.fuses_lora;
     case KernelId::kPanels:
@@ -234,7 +235,8 @@ Tensor qlinear_dgrad(const Tensor& dy, const Tensor& codes, const OptionalTensor
   }
   if (M == 0) return dx;
   const Plan plan = plan_for(backend, w.view, Direction::kDgrad, dtype, M, R);
-  const bool is_fused = plan.kernel == KernelId::kFused || plan.kernel == KernelId::kWgmma;
+  const bool is_fused = plan.kernel == KernelId::kFused || plan.kernel == KernelId::kWgmma ||
+                        plan.kernel == KernelId::kNarrow;
   const bool fuses_ds = is_fused && plan.fuses_lora && ds && dropout_p == 0.0;
   if (is_fused) {
     QLinearDgradParams p;
@@ -242,7 +244,7 @@ Tensor qlinear_dgrad(const Tensor& dy, const Tensor& codes, const OptionalTensor
     p.M = M;
     p.dtype = dtype;
     p.dy = rows.data_ptr();
-    p.tile_tokens = plan.tile_tokens;
+    p.plan = plan;
     if (fuses_ds) {
       p.R = R;
       p.ds = low_rank->data_ptr();

@@ -44,5 +44,5 @@ def instruction(n: int) -> str:
 
 
 if __name__ == "__main__":
-    text = HEAD + "".join(instruction(n) for n in (128, 256)) + "\n}  // namespace fastpeft::cuda\n"
+    text = HEAD + "".join(instruction(n) for n in (16, 32, 64, 128, 256)) + "\n}  // namespace fastpeft::cuda\n"
     Path(__file__).with_name("wgmma.cuh").write_text("// clang-format off\n" + text)

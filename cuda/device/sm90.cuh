@@ -34,6 +34,10 @@ FASTPEFT_DEVICE void barrier_arrive_cluster(uint32_t bar) {
   asm volatile("mbarrier.arrive.release.cluster.shared::cluster.b64 _, [%0];" ::"r"(bar)
                : "memory");
 }
+// On a barrier of the neighbour, without publishing anything: reads of shared memory are over.
+FASTPEFT_DEVICE void barrier_arrive_peer(uint32_t bar) {
+  asm volatile("mbarrier.arrive.shared::cluster.b64 _, [%0];" ::"r"(bar) : "memory");
+}
 FASTPEFT_DEVICE void barrier_wait(uint32_t bar, uint32_t parity) {
   asm volatile(
       "{\n.reg .pred p;\nW: mbarrier.try_wait.parity.shared::cta.b64 p, [%0], %1;\n@p bra D;\n"
@@ -52,6 +56,15 @@ FASTPEFT_DEVICE void named_barrier(int id, int threads) {
   asm volatile("bar.sync %0, %1;" ::"r"(id), "r"(threads) : "memory");
 }
 
+// True in one lane of a converged warp; the compiler then knows that the branch is taken by one
+// thread, which keeps TMA's operands in uniform registers.
+FASTPEFT_DEVICE bool elect_one() {
+  uint32_t is_elected;
+  asm volatile("{\n.reg .pred p;\nelect.sync _|p, 0xffffffff;\nselp.u32 %0, 1, 0, p;\n}\n"
+               : "=r"(is_elected));
+  return is_elected != 0;
+}
+
 // ---- cluster
 FASTPEFT_DEVICE uint32_t cluster_rank() {
   uint32_t r;
@@ -66,6 +79,22 @@ FASTPEFT_DEVICE uint32_t cluster_address(uint32_t address, uint32_t rank) {
 FASTPEFT_DEVICE void cluster_sync() {
   asm volatile("barrier.cluster.arrive.release.aligned;\nbarrier.cluster.wait.acquire.aligned;" ::
                    : "memory");
+}
+// Publishes nothing, and so costs no fence.
+FASTPEFT_DEVICE void cluster_arrive_relaxed() {
+  asm volatile("barrier.cluster.arrive.relaxed.aligned;" ::: "memory");
+}
+FASTPEFT_DEVICE void cluster_sync_wait() {
+  asm volatile("barrier.cluster.wait.acquire.aligned;" ::: "memory");
+}
+// Stores into another block's shared memory and counts the bytes on its barrier: published to
+// whoever waits for that.
+FASTPEFT_DEVICE void push_cluster(uint32_t to, const float4& v, uint32_t bar) {
+  asm volatile(
+      "st.async.shared::cluster.mbarrier::complete_tx::bytes.v4.f32 [%0], {%1, %2, %3, %4}, "
+      "[%5];" ::"r"(to),
+      "f"(v.x), "f"(v.y), "f"(v.z), "f"(v.w), "r"(bar)
+      : "memory");
 }
 FASTPEFT_DEVICE float4 load_cluster(uint32_t address) {
   float4 v;
@@ -83,6 +112,15 @@ FASTPEFT_DEVICE void tma_load_2d(uint32_t to, const CUtensorMap* map, uint32_t b
       "cp.async.bulk.tensor.2d.shared::cluster.global.mbarrier::complete_tx::bytes [%0], "
       "[%1, {%3, %4}], [%2];" ::"r"(to),
       "l"(map), "r"(bar), "r"(c0), "r"(c1)
+      : "memory");
+}
+// To the same place in every block of the cluster that `mask` names, counted on each one's barrier.
+FASTPEFT_DEVICE void tma_multicast_2d(uint32_t to, const CUtensorMap* map, uint32_t bar, int c0,
+                                      int c1, uint16_t mask) {
+  asm volatile(
+      "cp.async.bulk.tensor.2d.shared::cluster.global.mbarrier::complete_tx::bytes"
+      ".multicast::cluster [%0], [%1, {%3, %4}], [%2], %5;" ::"r"(to),
+      "l"(map), "r"(bar), "r"(c0), "r"(c1), "h"(mask)
       : "memory");
 }
 FASTPEFT_DEVICE void tma_load_3d(uint32_t to, const CUtensorMap* map, uint32_t bar, int c0, int c1,

@@ -43,11 +43,13 @@ inline CUtensorMap matrix_map(const void* data, int64_t columns, int64_t rows, u
   return map;
 }
 
-inline CUtensorMap weight_map(const WeightView& w, bool dgrad) {
+// Boxes of 64 * row_groups output rows and 64 of the reduction.
+inline CUtensorMap weight_map(const WeightView& w, bool dgrad, uint32_t row_groups) {
   CUtensorMap map;
   const cuuint64_t strips_k = ceil_div<int64_t>(w.K, 64), strips_n = ceil_div<int64_t>(w.N, 16);
   const cuuint64_t sizes[3] = {128, strips_k, strips_n}, strides[2] = {512, 512 * strips_k};
-  const cuuint32_t box[3] = {128, dgrad ? 2u : 1u, dgrad ? 4u : 8u}, ones[3] = {1, 1, 1};
+  const cuuint32_t box[3] = {128, dgrad ? row_groups : 1u, dgrad ? 4u : 4 * row_groups},
+                   ones[3] = {1, 1, 1};
   const CUresult status =
       encoder()(&map, CU_TENSOR_MAP_DATA_TYPE_UINT32, 3, const_cast<void*>(w.codes), sizes, strides,
                 box, ones, CU_TENSOR_MAP_INTERLEAVE_NONE, CU_TENSOR_MAP_SWIZZLE_NONE,

@@ -1,0 +1,258 @@
+// What the two wgmma kernels share (qlinear_wgmma.cu: tiles of 128 and 256 tokens;
+// qlinear_narrow.cu: up to 128 tokens): arguments, decoding of NF4 into wgmma's A fragments,
+// scales, LoRA fragments.
+//
+// Weight: tiled NF4 of csrc/core/formats.h, blocksize a multiple of 64, K % blocksize == 0.
+// ldmatrix on a 16x16 tile gives a lane the 8 nibbles of its m16k16 fragment with rows n,
+// ldmatrix.trans those with rows k. MMA rows g, g+8 of a lane are neighbouring outputs 2*pi(g),
+// 2*pi(g)+1. Scales: float32, or uint8 decoded here (map[q] * nested + offset), as
+// bf16(absmax / kCodeGain); the table holds bf16(code * kCodeGain). kCodeGain lowers the rms
+// rounding of the codes from 0.143 % to 0.085 % (searched over [1, 2)).
+#pragma once
+#include "dependent_launch.cuh"
+#include "device/sm90.cuh"
+#include "device/tensor_map.cuh"
+#include "device/wgmma.cuh"
+#include "launch.h"
+#include "qlinear_wgmma.h"
+
+namespace fastpeft::cuda {
+
+constexpr float kCodeGain = 1.43675f;
+constexpr int kBlockK = 64;  // reduction of a k-block
+
+struct GemmArgs {
+  int M = 0;                     // tokens
+  int rows = 0;                  // length of an output row: N forward, K dgrad
+  int N = 0;                     // rows of W
+  int padded_n = 0;              // N rounded up to 16: length of a scale column
+  int scale_columns = 0;         // K / blocksize
+  int column_shift = 0;          // log2(blocksize / 64)
+  int kblocks = 0;               // reduction / 64
+  int tiles_r = 0, tiles_t = 0;  // the wide kernel's tiles over rows and tokens
+  int x_bytes = 0;  // of a stage of x: few tokens fill only part, the rest is never stored
+  int s_bytes = 0;  // of the tokens' low-rank factor
+  const void* scales = nullptr;         // [scale_columns][padded_n] float32, or uint8 with nested
+  const float* nested = nullptr;        // [257 + groups]
+  const __nv_bfloat16* bias = nullptr;  // [rows] or null
+  const __nv_bfloat16* lora = nullptr;  // forward: B [N, R]; dgrad: A [R, K]
+  int R = 0;
+  float scaling = 1.0f;  // forward only; ds carries it in dgrad
+};
+
+// The 16 bf16 codes as byte tables in 8 registers: low and high bytes, negative and positive half.
+struct Codebook {
+  uint32_t low_neg[2], low_pos[2], high_neg[2], high_pos[2];
+};
+
+__host__ __device__ constexpr uint32_t bf16_bits(float v) {
+  const uint32_t u = __builtin_bit_cast(uint32_t, v);
+  return (u + 0x7fffu + ((u >> 16) & 1u)) >> 16;
+}
+__host__ __device__ constexpr uint32_t code_bytes(int first, int shift) {
+  uint32_t r = 0;
+  for (int i = 0; i < 4; i++)
+    r |= ((bf16_bits(kNf4Code[first + i] * kCodeGain) >> shift) & 0xffu) << (8 * i);
+  return r;
+}
+
+FASTPEFT_DEVICE Codebook make_codebook() {
+  constexpr uint32_t a = code_bytes(0, 0), b = code_bytes(4, 0), c = code_bytes(8, 0),
+                     d = code_bytes(12, 0);
+  constexpr uint32_t e = code_bytes(0, 8), f = code_bytes(4, 8), g = code_bytes(8, 8),
+                     h = code_bytes(12, 8);
+  return {{opaque_constant(a), opaque_constant(b)},
+          {opaque_constant(c), opaque_constant(d)},
+          {opaque_constant(e), opaque_constant(f)},
+          {opaque_constant(g), opaque_constant(h)}};
+}
+
+// 8 nibbles -> the 4 registers of an m16k16 fragment, unscaled: 21 integer instructions.
+template <bool kDgrad>
+FASTPEFT_DEVICE void decode8(uint32_t w, const Codebook& t, uint32_t (&f)[4]) {
+  const uint32_t w4 = w << 4, s0 = w & 0x77777777u, s1 = s0 >> 16;
+  constexpr uint32_t first = kDgrad ? 0x6240 : 0x5140, second = kDgrad ? 0x7351 : 0x7362;
+#pragma unroll
+  for (int h = 0; h < 2; h++) {
+    const uint32_t s = h ? s1 : s0;
+    const uint32_t positive =
+        permute_bytes(w4, w, h ? 0xFBEA : 0xD9C8);  // bit 3 of each nibble, spread over a byte
+    const uint32_t low = (permute_bytes(t.low_pos[0], t.low_pos[1], s) & positive) |
+                         (permute_bytes(t.low_neg[0], t.low_neg[1], s) & ~positive);
+    const uint32_t high = (permute_bytes(t.high_pos[0], t.high_pos[1], s) & positive) |
+                          (permute_bytes(t.high_neg[0], t.high_neg[1], s) & ~positive);
+    f[2 * h] = permute_bytes(low, high, first);
+    f[2 * h + 1] = permute_bytes(low, high, second);
+  }
+}
+
+// Position in the ring of stages.
+template <int kStages>
+struct Ring {
+  int stage = 0;
+  uint32_t phase;
+  FASTPEFT_DEVICE explicit Ring(uint32_t first_phase) : phase(first_phase) {}
+  FASTPEFT_DEVICE void advance() {
+    if (++stage == kStages) stage = 0, phase ^= 1;
+  }
+};
+
+// A lane's four scales of kChunk units, as they lie in memory: float32 scales, or codes and the
+// nested absmax of each.
+template <int kChunk>
+struct RawScales {
+  float4 values[kChunk];
+  uint32_t codes[kChunk];
+};
+
+// A warp turns 128 scales at a time, a unit, into bf16(absmax / kCodeGain) in the stage: with two
+// row groups of 64 in a tile the unit is one k-block (forward 128 rows of it, dgrad its 64 rows of
+// two columns), with one row group it is two k-blocks. It shares an issue port with consumer warps
+// and the card is power-limited, so its instructions are counted: loads are asked for kChunk units
+// at a time (the ring hides one memory latency a chunk), and the gain is folded into map and
+// offset, which leaves one FMA a scale; against the exact two roundings that moves a scale by 2^-24
+// before it is rounded to bf16.
+template <bool kDgrad, int kRowGroups, int kChunk>
+struct ScaleProducer {
+  static constexpr int kUnit = 3 - kRowGroups;  // k-blocks
+  const GemmArgs& a;
+  const float* map;  // map / kCodeGain, in shared memory
+  const int lane;
+  int first_row = 0;
+  float offset = 0.0f;
+  bool has_fixed_groups;  // forward: the nested absmax of a row is the same for all of its blocks
+  bool has_shared_group;  // four rows from a multiple of four share their nested absmax
+  float4 fixed;
+
+  FASTPEFT_DEVICE ScaleProducer(const GemmArgs& args, const float* shared_map)
+      : a(args), map(shared_map), lane(threadIdx.x & 31) {
+    if (a.nested) offset = __ldg(a.nested) * (1.0f / kCodeGain);
+    has_fixed_groups = !kDgrad && a.nested && 256 % a.scale_columns == 0;
+    has_shared_group = 64 % a.scale_columns == 0;
+  }
+  // Clamped, not tested: a branch around a load makes the compiler wait for each load by itself.
+  // Scales outside the matrix meet zeros of the other operand or rows that are never stored: any
+  // finite value will do.
+  FASTPEFT_DEVICE int kblock(int kb) const { return kUnit == 2 ? kb + (lane >> 4) : kb; }
+  FASTPEFT_DEVICE int row(int kb) const {
+    const int n = kDgrad       ? kb * kBlockK + (lane & 15) * 4
+                  : kUnit == 2 ? first_row + (lane & 15) * 4
+                               : first_row + lane * 4;
+    return min(n, a.padded_n - 4);
+  }
+  FASTPEFT_DEVICE int column(int kb) const {
+    const int block = !kDgrad ? kb : first_row / kBlockK + (kUnit == 2 ? 0 : lane >> 4);
+    return min(block >> a.column_shift, a.scale_columns - 1);
+  }
+  FASTPEFT_DEVICE float4 nested_of(int n, int column) const {
+    const float* groups = a.nested + 257;
+    float v[4];
+#pragma unroll
+    for (int e = 0; e < 4; e++)  // rows of the padding borrow the last one's
+      v[e] = __ldg(groups + ((uint32_t(min(n + e, a.N - 1)) * a.scale_columns + column) >> 8));
+    return make_float4(v[0], v[1], v[2], v[3]);
+  }
+  // Starts the tile whose first output row is `row0`.
+  FASTPEFT_DEVICE void begin(int row0) {
+    first_row = row0;
+    if (has_fixed_groups) fixed = nested_of(row(0), 0);
+  }
+  // Of the kChunk units from k-block kb on; those past `end` repeat the last one.
+  FASTPEFT_DEVICE void load(int kb, int end, RawScales<kChunk>& raw) const {
+    int n[kChunk], c[kChunk];
+#pragma unroll
+    for (int j = 0; j < kChunk; j++) {
+      const int k = min(kblock(kb + j * kUnit), end - 1);
+      n[j] = row(k), c[j] = column(k);
+    }
+    if (!a.nested) {
+#pragma unroll
+      for (int j = 0; j < kChunk; j++)
+        raw.values[j] = __ldg(reinterpret_cast<const float4*>(static_cast<const float*>(a.scales) +
+                                                              uint32_t(c[j]) * a.padded_n + n[j]));
+      return;
+    }
+#pragma unroll
+    for (int j = 0; j < kChunk; j++)
+      raw.codes[j] = __ldg(reinterpret_cast<const uint32_t*>(static_cast<const uint8_t*>(a.scales) +
+                                                             uint32_t(c[j]) * a.padded_n + n[j]));
+    if (has_fixed_groups) return;
+    if (has_shared_group) {
+#pragma unroll
+      for (int j = 0; j < kChunk; j++) {
+        const float v = __ldg(a.nested + 257 + ((uint32_t(n[j]) * a.scale_columns + c[j]) >> 8));
+        raw.values[j] = make_float4(v, v, v, v);
+      }
+    } else {
+#pragma unroll
+      for (int j = 0; j < kChunk; j++) raw.values[j] = nested_of(n[j], c[j]);
+    }
+  }
+  FASTPEFT_DEVICE uint2 decode(const RawScales<kChunk>& raw, int j) const {
+    const float4 v = has_fixed_groups ? fixed : raw.values[j];
+    const uint32_t codes = raw.codes[j];
+    if (!a.nested) {
+      constexpr float inverse = 1.0f / kCodeGain;
+      return make_uint2(pack_bf16(v.x * inverse, v.y * inverse),
+                        pack_bf16(v.z * inverse, v.w * inverse));
+    }
+    const float s0 = fmaf(map[codes & 255], v.x, offset),
+                s1 = fmaf(map[(codes >> 8) & 255], v.y, offset);
+    const float s2 = fmaf(map[(codes >> 16) & 255], v.z, offset),
+                s3 = fmaf(map[codes >> 24], v.w, offset);
+    return make_uint2(pack_bf16(s0, s1), pack_bf16(s2, s3));
+  }
+};
+
+// Fragment of k16 step `step` of the output rows' low-rank factor: forward scaling * B, dgrad A^T.
+template <bool kDgrad>
+FASTPEFT_DEVICE void load_lora(const GemmArgs& a, int row, int step, int t, uint32_t (&f)[4]) {
+#pragma unroll
+  for (int i = 0; i < 2; i++) {
+    const int r = step * 16 + 2 * (t + 4 * i);
+    uint32_t even = 0, odd = 0;  // rank pair of rows `row`, `row + 1`
+    if (row < a.rows && r < a.R) {
+      if (kDgrad) {
+        const uint32_t v0 =
+            __ldg(reinterpret_cast<const uint32_t*>(a.lora + size_t(r) * a.rows + row));
+        const uint32_t v1 =
+            __ldg(reinterpret_cast<const uint32_t*>(a.lora + size_t(r + 1) * a.rows + row));
+        even = permute_bytes(v0, v1, 0x5410);
+        odd = permute_bytes(v0, v1, 0x7632);
+      } else {
+        auto scaled = [&](int n) {
+          const __nv_bfloat162 v =
+              *reinterpret_cast<const __nv_bfloat162*>(a.lora + size_t(n) * a.R + r);
+          return pack_bf16(__low2float(v) * a.scaling, __high2float(v) * a.scaling);
+        };
+        even = scaled(row);
+        odd = scaled(row + 1);
+      }
+    }
+    f[2 * i] = even;
+    f[2 * i + 1] = odd;
+  }
+}
+
+// Arguments of a launch over the output rows `rows` (N forward, K dgrad).
+template <bool kDgrad>
+GemmArgs gemm_args(const WeightView& w, int64_t M, const void* bias, const void* lora, int64_t R,
+                   float scaling) {
+  GemmArgs a;
+  a.M = int(M);
+  a.rows = int(kDgrad ? w.K : w.N);
+  a.N = int(w.N);
+  a.padded_n = int(round_up<int64_t>(w.N, kTileN));
+  a.scale_columns = int(w.K / w.blocksize);
+  while ((int64_t(64) << a.column_shift) < w.blocksize) a.column_shift++;
+  a.kblocks = int(ceil_div<int64_t>(kDgrad ? w.N : w.K, kBlockK));
+  a.scales = w.scales;
+  a.nested = w.nested;
+  a.bias = static_cast<const __nv_bfloat16*>(bias);
+  a.lora = static_cast<const __nv_bfloat16*>(lora);
+  a.R = int(R);
+  a.scaling = scaling;
+  return a;
+}
+
+}  // namespace fastpeft::cuda
