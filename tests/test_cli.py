@@ -356,9 +356,28 @@ def test_plan(run):
     code, out, _ = run("plan", "1", "576", "576", "--arch", "0", "--sm-count", "2", "--json")
     plan = json.loads(out)
     assert code == 0 and plan["kernel"] and plan["workspace_bytes"] >= 0
+    assert plan["floor"]["machine"]["name"] and plan["floor"]["us"] > 0
     code, out, _ = run("plan", "1", "576", "576", "--arch", "0", "--sm-count", "2")
-    assert code == 0 and out.strip() == plan["text"]
+    assert code == 0 and out.startswith(plan["text"] + "\n")
+    rows = dict(
+        line.strip().split("  ", 1) for line in out.splitlines()[1:] if "  " in line.strip()
+    )
+    assert rows["kernel"].strip().startswith(plan["kernel"])
+    assert rows.keys() >= {"workspace", "floor", "memory", "arithmetic", "rates"}
     fails_in_two_lines(run("plan", "1", "576", "576", "--format", "nf5"), 2, "nf5")
+
+
+def test_plan_for_a_named_card(run):
+    pytest.importorskip("fastpeft._C", reason="the plan is printed by fastpeft._C: not built")
+    for options, arch, name in (
+        (("--machine", "RTX-3090"), "sm_86", "RTX-3090"),
+        (("--machine", "A100-SXM", "--R", "16"), "sm_80", "A100-SXM"),
+        (("--machine", "A100-SXM", "--arch", "0"), "cpu", "A100-SXM"),
+        (("--arch", "90"), "sm_90", ""),
+    ):
+        code, out, _ = run("plan", "64", "4096", "4096", *options)
+        assert code == 0 and f"on {arch}:" in out and name in out, out
+    fails_in_two_lines(run("plan", "1", "64", "64", "--machine", "abacus"), 2, "H100-SXM")
 
 
 def test_units():
