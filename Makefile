@@ -48,8 +48,9 @@ demo: $(STAMPS)/built $(STAMPS)/data
 test: $(STAMPS)/built $(STAMPS)/data $(STAMPS)/test
 	$(BIN)/python -m pytest -q -rs
 
+# make bench BENCH="--shapes llama3-70b --M 1,16 --pdl"
 bench: $(STAMPS)/built $(STAMPS)/test
-	$(BIN)/python -m fastpeft bench
+	$(BIN)/python -m fastpeft bench $(BENCH)
 
 lint: $(STAMPS)/lint
 	$(BIN)/ruff check .

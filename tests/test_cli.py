@@ -270,6 +270,14 @@ def test_doctor(run):
     assert "library" in out and "loads" in out
 
 
+def test_doctor_shows_the_variables_that_are_set(run, monkeypatch):
+    monkeypatch.setenv("FASTPEFT_PDL", "0")
+    monkeypatch.delenv("FASTPEFT_ARCH", raising=False)
+    assert json.loads(run("doctor", "--json")[1])["launch"]["variables"]["FASTPEFT_PDL"] == "0"
+    out = run("doctor")[1]
+    assert "FASTPEFT_PDL" in out and "FASTPEFT_ARCH " not in out
+
+
 def broken_copy(tmp_path: Path, library: bytes | None) -> dict[str, str]:
     """An environment whose fastpeft has this for a library; None: none."""
     ignore = shutil.ignore_patterns("__pycache__", "*.so")
