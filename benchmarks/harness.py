@@ -319,18 +319,18 @@ def _memory_gbs(device: str, what: str) -> float:
 
 
 def matmul_tflops(device: str, unit: str) -> float:
-    """Speed of a large matmul of torch in a dtype, or of its int8 product."""
+    """Speed of a large matmul of torch in a dtype, or of its int8 product: the better of x W^T and
+    dy W, with W as a layer's weight lies.
+    """
     side = 8192 if device == "cuda" else 1024
-    a, b = (torch.randn(side, side, device=device) for _ in range(2))
-    if unit == "int8":
-        a, b = ((t * 20).to(torch.int8) for t in (a, b))
-        call = torch._int_mm
-    else:
-        a, b = (t.to(getattr(torch, unit)) for t in (a, b))
-        call = torch.matmul
-    b = b.t()  # as a layer's weight lies
-    work = Work("matmul", lambda i: call(a, b), 2, 0.0)
-    return 2.0 * side**3 / measure([work], device, 5)["matmul"].us / 1e6
+    x, W = (torch.randn(side, side, device=device) for _ in range(2))
+    dtype = torch.int8 if unit == "int8" else getattr(torch, unit)
+    x, W = ((t * 20).to(dtype) for t in (x, W))
+    matmul = torch._int_mm if unit == "int8" else torch.matmul
+    works = [Work("fwd", lambda i: matmul(x, W.t()), 2, 0.0)]
+    works += [] if unit == "int8" else [Work("dgrad", lambda i: matmul(x, W), 2, 0.0)]
+    best = min(timing.us for timing in measure(works, device, 5).values())
+    return 2.0 * side**3 / best / 1e6
 
 
 def measure_roof(device: str, units: tuple[str, ...]) -> Roof:

@@ -174,7 +174,8 @@ def _draw(panels: dict[tuple, dict[str, list[Row]]], what: str, path: Path, titl
             axis.set(yscale="log", ylabel="us")
         else:
             axis.axhline(1.0, color="k", linestyle="--", linewidth=1)
-            axis.set(ylim=(0, 1.1), ylabel="share of the roof")
+            axis.set_ylim(0, max(1.1, axis.get_ylim()[1]))
+            axis.set_ylabel("share of the roof")
         axis.set_xscale("log", base=2)
         axis.set_xlabel("M (tokens)")
         axis.set_title(f"{key[0]} N={key[1]} K={key[2]} R={key[3]} {key[4]}", fontsize=9)
