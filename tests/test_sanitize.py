@@ -1,4 +1,4 @@
-"""The sanitizer's script: what it counts as a fault of fastpeft. The run itself: `make sanitize`."""
+"""The sanitizer script: what it counts as a fault of fastpeft. The run itself: `make sanitize`."""
 
 from __future__ import annotations
 
