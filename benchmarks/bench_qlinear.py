@@ -7,6 +7,7 @@ One row a provider, problem and direction. Values are held against float64 befor
 from __future__ import annotations
 
 import functools
+import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
 
@@ -202,9 +203,10 @@ def race(case: Case, direction: str, options: Options, op: str) -> None:
         return
     right.cache_clear()
     floor = floor_us(case, direction, options.roof)
-    for work, timing in zip(
-        works, harness.measure(works, options.device, options.rounds).values(), strict=True
-    ):
+    timings = harness.measure(works, options.device, options.rounds)
+    times = ", ".join(f"{label} {timing.us:.4g}" for label, timing in timings.items())
+    print(f"{case} {direction}, us: {times}", file=sys.stderr, flush=True)
+    for work, timing in zip(works, timings.values(), strict=True):
         options.writer.write(
             race=case.kind,
             floor_us=floor,
