@@ -99,6 +99,13 @@ def standing(rows: list[Row]) -> str:
                 pairs[name].append((time_of(row) / time_of(row_of["fastpeft"]), problem))
     lines = []
     for name, ratios in pairs.items():
+        if name == "fastpeft pdl":
+            found = [ratio for ratio, _ in ratios]
+            lines.append(
+                f"dependent launch: time with it over without, geometric mean {_mean(found):.3f}, "
+                f"{min(found):.3f} ... {max(found):.3f}"
+            )
+            continue
         lines += _against(name, ratios)
     if shares:
         means = ", ".join(f"{name} {100 * _mean(found):.0f} %" for name, found in shares.items())
