@@ -64,24 +64,39 @@ def find_native() -> Path | None:
     return max(found, key=lambda path: path.stat().st_mtime, default=None)
 
 
-def count(log: str) -> tuple[int, int]:
-    """(reports that name a kernel of fastpeft, other reports) in a tool's output.
+def reports(log: str) -> list[list[str]]:
+    """The reports in a tool's output, each a line "========= what" and the deeper lines below it.
 
-    A report is a line "========= what" and the deeper lines below it. Frames of the host are no
-    witness: fastpeft's library also launches torch's matmul.
+    Frames of the host are no witness and are left out: fastpeft's library also launches torch's
+    matmul.
     """
-    reports: list[list[str]] = []
+    found: list[list[str]] = []
     for line in log.splitlines():
-        found = re.match(r"=========( +)(.+)", line)
-        if found is None or found[2].startswith(("Host Frame", "Saved host backtrace")):
+        match = re.match(r"=========( +)(.+)", line)
+        if match is None or match[2].startswith(("Host Frame", "Saved host backtrace")):
             continue
-        if len(found[1]) > 1:
-            if reports:
-                reports[-1].append(found[2])
-        elif not found[2].startswith(NO_REPORT):
-            reports.append([found[2]])
-    ours = sum(any(OURS in line for line in report) for report in reports)
-    return ours, len(reports) - ours
+        if len(match[1]) > 1:
+            if found:
+                found[-1].append(match[2])
+        elif not match[2].startswith(NO_REPORT):
+            found.append([match[2]])
+    return found
+
+
+def count(log: str) -> tuple[int, int]:
+    """(reports that name a kernel of fastpeft, other reports)."""
+    found = reports(log)
+    ours = sum(any(OURS in line for line in report) for report in found)
+    return ours, len(found) - ours
+
+
+def excerpt(log: str) -> str:
+    """The first reports and what the program said of its end."""
+    lines = [line[:200] for report in reports(log)[:6] for line in report[:4]]
+    lines += [
+        line for line in log.splitlines() if re.match(r"\S*(Error|Exception|what\(\)):", line)
+    ]
+    return "\n".join(f"    {line}" for line in lines or log.splitlines()[-10:])
 
 
 def run(tool: str, sanitizer: str, name: str, command: list[str], keep: Path | None) -> Result:
@@ -101,7 +116,7 @@ def run(tool: str, sanitizer: str, name: str, command: list[str], keep: Path | N
         (keep / f"{name}-{tool}.log").write_text(log)
     ours, others = count(log)
     if ours or done.returncode:
-        print("\n".join(log.splitlines()[-40:]))
+        print(f"{name}, {tool}:\n{excerpt(log)}", flush=True)
     return Result(name, tool, ours, others, done.returncode, seconds)
 
 

@@ -37,6 +37,13 @@ def test_reports_of_fastpeft_and_of_others():
     assert sanitize.count(CLEAN) == (0, 0)
 
 
+def test_excerpt_shows_reports_and_the_programs_end():
+    text = sanitize.excerpt(MEMCHECK + "frame #1\nRuntimeError: launch failed\n")
+    assert "Invalid __global__ read" in text and "q.cu:88" in text and "Host Frame" not in text
+    assert "RuntimeError: launch failed" in text and "frame #1" not in text
+    assert "last words" in sanitize.excerpt("last words")
+
+
 def test_table_names_what_is_wrong():
     results = [
         sanitize.Result("small", "memcheck", 0, 3, 0, 1.0),  # others' reports are not ours
