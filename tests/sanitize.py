@@ -96,6 +96,8 @@ def excerpt(log: str) -> str:
     lines += [
         line for line in log.splitlines() if re.match(r"\S*(Error|Exception|what\(\)):", line)
     ]
+    cases = [line for line in log.splitlines() if line.startswith("case ")]
+    lines += [f"last of {len(cases)} cases: {cases[-1]}"] if cases and lines else []
     return "\n".join(f"    {line}" for line in lines or log.splitlines()[-10:])
 
 

@@ -43,6 +43,14 @@ def every_op() -> set[str]:
     return {n for n in torch._C._dispatch_get_all_op_names() if n.startswith("fastpeft::")}
 
 
+def check(case: cases.Case, device: str) -> None:
+    """Names the case first and waits for it: a fault of the device is then known to be its own."""
+    print(f"case {case}", flush=True)
+    kernelkit.check_from_afar(case, device)
+    if device == "cuda":
+        torch.cuda.synchronize()
+
+
 def quantise(device: str) -> None:
     """quantize, quantize_absmax, tile, untile, dequantize on odd shapes."""
     for fmt in ("nf4", "fp4"):
@@ -78,7 +86,7 @@ def layers(device: str) -> None:
             case = cases.Case(
                 kind, dtype, M, N, K, R, blocksize, number % 2 == 0, 0.25 if R else 0.0
             )
-            kernelkit.check(case, device)
+            check(case, device)
     seed = torch.tensor([3], device=device)
     lora.dropout(torch.randn(3, 67, device=device), 0.5, seed)
 
@@ -91,9 +99,9 @@ def small_layers(device: str, tokens: list[int]) -> None:
         for N, K in ((192, 576), (256, 512)):
             for kind in ("nf4", "fp4", "int8", "llm.int8", "dense"):
                 dtype = "float16" if (number + len(kind)) % 3 == 0 else "bfloat16"
-                kernelkit.check(cases.Case(kind, dtype, M, N, K, 16, bias=True), device)
-            kernelkit.check(cases.Case("nf4", "bfloat16", M, N, K), device)
-        kernelkit.check(cases.Case("nf4", "float32", M, 130, 341, 8, bias=True), device)
+                check(cases.Case(kind, dtype, M, N, K, 16, bias=True), device)
+            check(cases.Case("nf4", "bfloat16", M, N, K), device)
+        check(cases.Case("nf4", "float32", M, 130, 341, 8, bias=True), device)
 
 
 def switches() -> None:
