@@ -4,6 +4,7 @@
 #   make demo    quantise a real model, train an adapter, reload it in a fresh process
 #   make test    every test                make lint    ruff and clang-format
 #   make build   the package alone         make bench   kernels against other libraries
+#   make sanitize   compute-sanitizer over every kernel (a GPU and the CUDA toolkit)
 #
 # This file is the one place that pins the versions of a developer's environment.
 PYTHON ?= python3
@@ -33,7 +34,7 @@ export FASTPEFT_CACHE ?= $(CURDIR)/.cache
 # times slower (seen at load 13 on 2 cores: 7 against 30 tokens/s). Not for benchmarks.
 demo test: export OMP_WAIT_POLICY ?= PASSIVE
 
-.PHONY: demo test bench lint format build clean
+.PHONY: demo test bench sanitize lint format build clean
 .DELETE_ON_ERROR:
 
 # ---- what people type
@@ -48,8 +49,12 @@ demo: $(STAMPS)/built $(STAMPS)/data
 test: $(STAMPS)/built $(STAMPS)/data $(STAMPS)/test
 	$(BIN)/python -m pytest -q -rs
 
+# make bench BENCH="--shapes llama3-70b --M 1,16 --pdl"
 bench: $(STAMPS)/built $(STAMPS)/test
-	$(BIN)/python -m fastpeft bench
+	$(BIN)/python -m fastpeft bench $(BENCH)
+
+sanitize: $(STAMPS)/built $(STAMPS)/test
+	$(BIN)/python tests/sanitize.py $(SANITIZE)
 
 lint: $(STAMPS)/lint
 	$(BIN)/ruff check .

@@ -120,14 +120,15 @@ def run(sizes: list[Size], options: Options) -> int:
             if refused:
                 options.say(f"{provider}: WRONG VALUES, not timed: {size}: {refused}")
                 continue
-            works.append(work)
+            works += harness.variants(work, options.pdl)  # the same bits: checked once
         timings = harness.measure(works, options.device, options.rounds) if works else {}
         for work in works:
-            timing = timings[work.provider]
+            timing = timings[work.label]
             options.writer.write(
                 race=size.activation,
                 op="bottleneck",
                 provider=work.provider,
+                pdl=work.pdl or None,
                 direction=size.direction,
                 M=size.M,
                 K=size.K,

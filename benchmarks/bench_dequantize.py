@@ -81,25 +81,27 @@ def run(cases: list[Case], options: bench_qlinear.Options) -> int:
             except Unavailable as reason:
                 options.tell(f"{provider}: not raced: {reason}")
                 continue
-            refused, work.note = harness.checked(work, right, case.torch_dtype)
-            if refused:
-                options.say(f"{provider}: WRONG VALUES, not timed: {case}: {refused}")
-                continue
-            works.append(work)
+            for variant in harness.variants(work, options.pdl):
+                refused, variant.note = harness.checked(variant, right, case.torch_dtype)
+                if refused:
+                    options.say(f"{variant.label}: WRONG VALUES, not timed: {case}: {refused}")
+                    continue
+                works.append(variant)
         timings = harness.measure(works, options.device, options.rounds) if works else {}
         for work in works:
-            _row(case, work, timings[work.provider], ceiling, options)
+            _row(case, work, timings[work.label], ceiling, options)
     return 0
 
 
 def _row(case, work, timing, ceiling, options) -> None:
     gbs = work.bytes / timing.us / 1e3
     share = f"{gbs / ceiling:.2f} of copy speed {ceiling:.0f} GB/s"
-    options.say(f"{work.provider} {case.kind} {case.N}x{case.K}: {timing.us:.1f} us, {share}")
+    options.say(f"{work.label} {case.kind} {case.N}x{case.K}: {timing.us:.1f} us, {share}")
     options.writer.write(
         race=case.kind,
         op="dequantize",
         provider=work.provider,
+        pdl=work.pdl or None,
         N=case.N,
         K=case.K,
         dtype=case.dtype,

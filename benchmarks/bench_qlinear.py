@@ -7,6 +7,7 @@ One row a provider, problem and direction. Values are held against float64 befor
 from __future__ import annotations
 
 import functools
+import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
 
@@ -15,6 +16,7 @@ import peers
 import reference
 import torch
 from cases import KINDS, Case, Inputs
+from fastpeft.ops.launch import plan_text
 from peers import Job, Unavailable
 
 CHECK_ROWS = {"cuda": 256, "cpu": 32}  # tokens whose y and dx are compared; dA and dB hang on all
@@ -31,6 +33,8 @@ class Options:
     budget: harness.Budget
     writer: harness.RowWriter
     say: Callable[[str], None]
+    pdl: bool = False  # fastpeft once more, with dependent launch
+    roof: harness.Roof | None = None
     told: set[str] = field(default_factory=set)
 
     def tell(self, text: str) -> None:
@@ -100,12 +104,39 @@ def setup(job: Job, provider: str) -> harness.Work:
         peer.graph,
         peer.format,
         peer.exact,
-        _note(job.case),
+        harness.joined(_note(job.case), _kernels(job) if provider == "fastpeft" else ""),
     )
 
 
 def _note(case: Case) -> str:
     return "threshold 0" if case.kind == "llm.int8-0" else ""
+
+
+def _kernels(job: Job) -> str:
+    """What the plan chose, "wgmma tile=128x256 ..."; forward / input gradient where both ran."""
+    case, (fmt, _, threshold) = job.case, KINDS[job.case.kind]
+    texts = []
+    for direction in ("fwd", "dgrad"):
+        if direction not in job.direction and job.direction != "fwd+bwd":
+            continue
+        if direction == "fwd" and threshold >= 0:
+            texts.append("int8 product")  # not in the plan's hands
+            continue
+        text = plan_text(
+            *(case.M, case.N, case.K, case.R, fmt, case.blocksize, direction, case.torch_dtype),
+            is_cuda=job.device == "cuda",
+        )
+        texts.append(text.rsplit(": ", 1)[-1].replace(" workspace_bytes=0", ""))
+    return " / ".join(dict.fromkeys(texts))
+
+
+def floor_us(case: Case, direction: str, roof: harness.Roof | None) -> float:
+    """The time that no provider can beat here; 0 without a roof."""
+    if roof is None:
+        return 0.0
+    is_int8 = case.kind.startswith("llm.int8") and direction != "dgrad"
+    unit = "int8" if is_int8 and "int8" in roof.tflops else case.dtype
+    return roof.us(case.bytes(direction), case.flops(direction), unit)
 
 
 def _rows(job: Job) -> torch.Tensor:
@@ -158,24 +189,30 @@ def race(case: Case, direction: str, options: Options, op: str) -> None:
             if reason.worth_telling:
                 options.tell(f"{provider}: not raced: {reason}")
             continue
-        refused, note = harness.checked(
-            work, right, case.torch_dtype, job.inputs.weight.threshold >= 0
-        )
-        if refused:
-            options.say(f"{provider}: WRONG VALUES, not timed: {case} {direction}: {refused}")
-            continue
-        work.note = harness.joined(work.note, note)
-        works.append(work)
+        for variant in harness.variants(work, options.pdl):
+            refused, note = harness.checked(
+                variant, right, case.torch_dtype, job.inputs.weight.threshold >= 0
+            )
+            if refused:
+                where = f"{variant.label}: WRONG VALUES, not timed: {case} {direction}"
+                options.say(f"{where}: {refused}")
+                continue
+            variant.note = harness.joined(variant.note, note)
+            works.append(variant)
     if not works:
         return
     right.cache_clear()
-    for work, timing in zip(
-        works, harness.measure(works, options.device, options.rounds).values(), strict=True
-    ):
+    floor = floor_us(case, direction, options.roof)
+    timings = harness.measure(works, options.device, options.rounds)
+    times = ", ".join(f"{label} {timing.us:.4g}" for label, timing in timings.items())
+    print(f"{case} {direction}, us: {times}", file=sys.stderr, flush=True)
+    for work, timing in zip(works, timings.values(), strict=True):
         options.writer.write(
             race=case.kind,
+            floor_us=floor,
             op=op,
             provider=work.provider,
+            pdl=work.pdl or None,
             direction=direction,
             M=case.M,
             N=case.N,

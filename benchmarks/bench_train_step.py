@@ -16,6 +16,7 @@ from typing import Any
 import harness
 import torch
 from bench_qlinear import Options
+from fastpeft.ops.launch import dependent_launch
 from peers import Unavailable, import_bitsandbytes
 from shapes import MODELS
 
@@ -288,6 +289,7 @@ def _race(step: Step, options: Options) -> None:
             race=step.note,
             op="train_step",
             provider=provider,
+            pdl=(provider == "fastpeft" and dependent_launch()) or None,
             direction="fwd+bwd",
             M=tokens,
             R=step.R,

@@ -17,7 +17,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -47,6 +47,30 @@ class Work:
     format: str | None = None  # how this provider stores the weight
     weight: torch.Tensor | None = None  # W as this provider quantised it, where that may differ
     note: str = ""
+    pdl: bool = (
+        False  # with programmatic dependent launch (fastpeft's kernels alone have the switch)
+    )
+
+    @property
+    def label(self) -> str:
+        """Provider and variant: what tells works of one race apart."""
+        return f"{self.provider} pdl" if self.pdl else self.provider
+
+
+@dataclass(frozen=True)
+class Roof:
+    """What this machine was measured to do at the start of the run."""
+
+    read_gbs: float
+    tflops: dict[str, float]  # by what is multiplied: float32, bfloat16, ..., int8
+
+    def us(self, moved_bytes: float, flops: float, unit: str) -> float:
+        """The time that no provider can beat: the slower of the bytes and the operations."""
+        return max(moved_bytes / self.read_gbs / 1e3, flops / self.tflops[unit] / 1e6)
+
+    def __str__(self) -> str:
+        rates = ", ".join(f"{unit} {rate:.4g}" for unit, rate in self.tflops.items())
+        return f"{self.read_gbs:.0f} GB/s read, TFLOP/s by torch's matmul: {rates}"
 
 
 @dataclass(frozen=True)
@@ -130,9 +154,9 @@ class RowWriter:
         }
         self.path.parent.mkdir(parents=True, exist_ok=True)
 
-    def write(self, race: str = "", **keys: Any) -> dict[str, Any]:
+    def write(self, race: str = "", floor_us: float = 0.0, **keys: Any) -> dict[str, Any]:
         """Appends one row and returns it; `race` (what providers that store the weight differently
-        compete in) stays in memory, for the tables.
+        compete in) and `floor_us` (by the Roof) stay in memory, for tables and plots.
         """
         row = {k: v for k, v in {**self.common, **keys}.items() if v not in (None, "")}
         for name, value in row.items():
@@ -140,7 +164,7 @@ class RowWriter:
                 row[name] = float(f"{value:.5g}")
         with self.path.open("a") as file:
             file.write(json.dumps(row) + "\n")
-        row = {**row, "race": race}
+        row = {**row, "race": race, "floor_us": floor_us}
         self.rows.append(row)
         return row
 
@@ -165,13 +189,26 @@ def percentiles(times: list[float]) -> tuple[float, float, float]:
     return at[0], at[1], at[2]
 
 
+def variants(work: Work, with_pdl: bool) -> list[Work]:
+    """The work, and once more with dependent launch where that is asked for and has a meaning."""
+    return [work, replace(work, pdl=True)] if with_pdl and work.provider == "fastpeft" else [work]
+
+
+def switch(work: Work) -> None:
+    """Dependent launch as the work's row will say: off for whatever is compared with peers."""
+    from fastpeft.ops.launch import dependent_launch
+
+    dependent_launch(work.pdl)
+
+
 def measure(works: list[Work], device: str, rounds: int = ROUNDS) -> dict[str, Timing]:
-    """Times the providers against each other: provider -> Timing."""
+    """Times the providers against each other: label -> Timing."""
     return (_measure_cuda if device == "cuda" else _measure_cpu)(works, rounds)
 
 
 def _capture(work: Work) -> tuple[Callable[[], None], str]:
     """(one pass over all copies, note)."""
+    switch(work)
     side = torch.cuda.Stream()
     side.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(side):
@@ -181,6 +218,7 @@ def _capture(work: Work) -> tuple[Callable[[], None], str]:
     torch.cuda.synchronize()
 
     def loop() -> None:
+        switch(work)
         for i in range(work.copies):
             work.run(i)
 
@@ -194,6 +232,7 @@ def _capture(work: Work) -> tuple[Callable[[], None], str]:
 
 def _eager_cuda(work: Work) -> tuple[float, float]:
     """(wall time of a call in a loop, us; peak of temporary memory, MiB)."""
+    switch(work)
     torch.cuda.synchronize()
     torch.cuda.reset_peak_memory_stats()
     before = torch.cuda.memory_allocated()
@@ -211,69 +250,96 @@ def _eager_cuda(work: Work) -> tuple[float, float]:
 
 
 def _measure_cuda(works: list[Work], rounds: int) -> dict[str, Timing]:
-    passes, times = {}, {work.provider: [] for work in works}
+    passes, times = {}, {work.label: [] for work in works}
     for work in works:
-        passes[work.provider] = _capture(work)
+        passes[work.label] = _capture(work)
     start, stop = (torch.cuda.Event(enable_timing=True) for _ in range(2))
     for number in range(rounds + 1):  # the first round warms up
         for work in works if number % 2 else works[::-1]:
             torch.cuda.synchronize()
             start.record()
-            passes[work.provider][0]()
+            passes[work.label][0]()
             stop.record()
             stop.synchronize()
             if number:
-                times[work.provider].append(start.elapsed_time(stop) * 1e3 / work.copies)
+                times[work.label].append(start.elapsed_time(stop) * 1e3 / work.copies)
     results = {}
     for work in works:
         eager, peak = _eager_cuda(work)
-        results[work.provider] = Timing(
-            *percentiles(times[work.provider]), eager, peak, passes[work.provider][1]
+        results[work.label] = Timing(
+            *percentiles(times[work.label]), eager, peak, passes[work.label][1]
         )
     return results
 
 
 def _measure_cpu(works: list[Work], rounds: int, slice_s: float = 0.02) -> dict[str, Timing]:
-    calls, times = {}, {work.provider: [] for work in works}
+    calls, times = {}, {work.label: [] for work in works}
     for work in works:
         for i in range(work.copies):  # all: some libraries re-pack a weight at its first call
             work.run(i)
         start = time.perf_counter()
         work.run(1 % work.copies)
         once = time.perf_counter() - start
-        calls[work.provider] = max(1, min(200, int(slice_s / max(once, 1e-6))))
+        calls[work.label] = max(1, min(200, int(slice_s / max(once, 1e-6))))
     turn = 0
     for number in range(rounds):
         for work in works if number % 2 else works[::-1]:
-            count = calls[work.provider]
+            count = calls[work.label]
             start = time.perf_counter()
             for i in range(count):
                 work.run((turn + i) % work.copies)
-            times[work.provider].append((time.perf_counter() - start) / count * 1e6)
+            times[work.label].append((time.perf_counter() - start) / count * 1e6)
         turn += max(calls.values())
-    return {work.provider: Timing(*percentiles(times[work.provider])) for work in works}
+    return {work.label: Timing(*percentiles(times[work.label])) for work in works}
 
 
 def copy_gbs(device: str) -> float:
-    """Speed of a large copy, GB/s, bytes read plus bytes written: the ceiling that a share is told
-    of.
+    """Speed of a large copy, GB/s, bytes read plus bytes written."""
+    return _memory_gbs(device, "copy")
+
+
+def read_gbs(device: str) -> float:
+    """Speed of reading, GB/s: torch's sum, or what a copy moves where that is more (the sum is not
+    the fastest reader on every device).
     """
+    return max(_memory_gbs(device, "sum"), _memory_gbs(device, "copy"))
+
+
+def _memory_gbs(device: str, what: str) -> float:
     # No power of two: 2**30 bytes gave 2.7 TB/s where odd sizes give 4.2, perhaps because
     # source and target then meet in the same banks.
     size = 1_100_000_256 if device == "cuda" else 2**26
-    source = torch.empty(size // 2, dtype=torch.float16, device=device).uniform_()
-    work = Work("copy", lambda i: source.clone(), 4, 2.0 * size)
+    source = torch.empty(size // 4, dtype=torch.float32, device=device).uniform_()
+    call = source.clone if what == "copy" else source.sum
+    moved = size * (2.0 if what == "copy" else 1.0)
+    work = Work(what, lambda i: call(), 4, moved)
     # The best of three: the first finds the card's clocks and the allocator cold.
-    best = min(measure([work], device)["copy"].us for _ in range(3))
-    return 2.0 * size / best / 1e3
+    best = min(measure([work], device)[what].us for _ in range(3))
+    return moved / best / 1e3
 
 
-def matmul_tflops(device: str, dtype: torch.dtype) -> float:
-    """Speed of a large matmul of torch in `dtype`: the other ceiling."""
+def matmul_tflops(device: str, unit: str) -> float:
+    """Speed of a large matmul of torch in a dtype, or of its int8 product: the better of x W^T and
+    dy W, with W as a layer's weight lies.
+    """
     side = 8192 if device == "cuda" else 1024
-    a, b = (torch.randn(side, side, device=device).to(dtype) for _ in range(2))
-    work = Work("matmul", lambda i: a @ b, 2, 0.0)
-    return 2.0 * side**3 / measure([work], device, 5)["matmul"].us / 1e6
+    x, W = (torch.randn(side, side, device=device) for _ in range(2))
+    dtype = torch.int8 if unit == "int8" else getattr(torch, unit)
+    x, W = ((t * 20).to(dtype) for t in (x, W))
+    matmul = torch._int_mm if unit == "int8" else torch.matmul
+    works = [Work("fwd", lambda i: matmul(x, W.t()), 2, 0.0)]
+    works += [] if unit == "int8" else [Work("dgrad", lambda i: matmul(x, W), 2, 0.0)]
+    best = min(timing.us for timing in measure(works, device, 5).values())
+    return 2.0 * side**3 / best / 1e6
+
+
+def measure_roof(device: str, units: tuple[str, ...]) -> Roof:
+    """Measures what the floors of a race are made of."""
+    rates = {unit: matmul_tflops(device, unit) for unit in units}
+    roof = Roof(read_gbs(device), rates)
+    if device == "cuda":
+        torch.cuda.empty_cache()
+    return roof
 
 
 def checked(
@@ -290,6 +356,7 @@ def checked(
     """
     import compare
 
+    switch(work)
     got, first = work.values(), None
     ours = work.provider == "fastpeft"
     for quantised in (True, False) if quantises_activations and not ours else (True,):

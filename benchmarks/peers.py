@@ -17,7 +17,10 @@ import torch
 import torch.nn.functional as F
 from cases import KINDS, Case, Inputs, Weight
 
-PROVIDERS = ("fastpeft", "torch", "dequant+torch", "bitsandbytes", "peft+bitsandbytes", "peft")
+PROVIDERS = (
+    *("fastpeft", "torch", "dequant+torch", "bitsandbytes", "peft+bitsandbytes", "peft"),
+    "humming",
+)
 
 
 class Unavailable(Exception):
@@ -72,6 +75,7 @@ def make(provider: str, job: Job) -> Peer:
         "bitsandbytes": _bitsandbytes,
         "peft+bitsandbytes": _peft_bitsandbytes,
         "peft": _peft,
+        "humming": _humming,
     }[provider](job)
 
 
@@ -350,3 +354,48 @@ def _peft(job: Job) -> Peer:
             layer.bias = torch.nn.Parameter(bias.clone(), requires_grad=False)
         layers.append(layer)
     return _lora_of_peft(job, layers, None)
+
+
+def _humming_layer(job: Job) -> torch.nn.Module:
+    """Its own quantiser: integers of 4 bits in groups of 64 for any 4-bit race, int8 by rows."""
+    fmt, _, threshold = KINDS[job.case.kind]
+    if job.case.R or job.direction != "fwd" or threshold >= 0 or fmt == "dense":
+        raise Unavailable("does weight-only 4-bit and int8 layers forward, without LoRA", False)
+    if job.device == "cpu" or job.case.dtype == "float32":
+        raise Unavailable("wants CUDA and 16 bits", False)
+    config = {"dtype": "int8"} if fmt == "int8" else {"dtype": "int4", "group_size": 64}
+    try:
+        from humming.layer import HummingLayer
+
+        case = job.case
+        layer = HummingLayer(
+            case.N, case.K, weight_config=config, torch_dtype=case.torch_dtype
+        ).cuda()
+        layer.load_from_unquantized(job.dense)
+        layer.transform()
+        layer(job.inputs.x)  # compiles
+    except Exception as error:  # a missing compiler, a shape it has no tile for, ...
+        text = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise Unavailable(f"humming: {text}") from error
+    return layer
+
+
+def _humming(job: Job) -> Peer:
+    layer = _humming_layer(job)
+    case, bits = job.case, 4 if KINDS[job.case.kind][0] != "int8" else 8
+    scale_bytes = 2 * case.N * (case.K // 64 if bits == 4 else 1)
+    weight_bytes = case.N * case.K * bits / 8 + scale_bytes
+    layers = [layer] + [copy.deepcopy(layer) for _ in range(job.copies(weight_bytes) - 1)]
+    unit = torch.eye(case.K, dtype=case.torch_dtype, device=job.device)
+    exact = torch.cat([layer(rows).float() for rows in unit.split(4096)]).t().contiguous()
+    loss = float((exact - job.dense.float()).norm() / job.dense.float().norm())
+    if loss > (0.2 if bits == 4 else 0.02):  # what it holds is no quantised form of this weight
+        raise Unavailable(f"humming: its weight is off by {loss:.2f}")
+    return Peer(
+        list(layers),
+        None,
+        [()] * len(layers),
+        case.bytes("fwd") - case.weight_bytes() + weight_bytes,
+        "int8" if bits == 8 else "int4-g64",
+        exact=exact,
+    )

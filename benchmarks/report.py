@@ -20,11 +20,16 @@ def problem_of(row: Row) -> tuple:
     return tuple(row.get(key) for key in keys)
 
 
+def name_of(row: Row) -> str:
+    """The provider; "fastpeft pdl" with dependent launch."""
+    return f"{row['provider']} pdl" if row.get("pdl") else row["provider"]
+
+
 def by_problem(rows: list[Row]) -> dict[tuple, dict[str, Row]]:
-    """problem -> provider -> row."""
+    """problem -> name -> row."""
     found: dict[tuple, dict[str, Row]] = defaultdict(dict)
     for row in rows:
-        found[problem_of(row)][row["provider"]] = row
+        found[problem_of(row)][name_of(row)] = row
     return found
 
 
@@ -33,93 +38,160 @@ def time_of(row: Row) -> float:
     return row["us"] if "us" in row else row["ms"]
 
 
+def share_of(row: Row) -> float | None:
+    """Of the roof: the floor's time over the row's; None without a floor."""
+    return row["floor_us"] / row["us"] if row.get("floor_us") and "us" in row else None
+
+
 def table(rows: list[Row]) -> str:
-    """One line a problem, a column a provider; in brackets its time over fastpeft's."""
+    """One line a problem, a column a provider; in brackets its time over fastpeft's, for fastpeft
+    its share of the roof.
+    """
     problems = by_problem(rows)
-    providers = list(dict.fromkeys(row["provider"] for row in rows))
-    lines = ["problem".ljust(44) + "".join(name.rjust(26) for name in providers)]
+    names = list(dict.fromkeys(name_of(row) for row in rows))
+    has_floor = any(row.get("floor_us") for row in rows)
+    head = "problem".ljust(44) + ("floor".rjust(12) if has_floor else "")
+    lines = [head + "".join(name.rjust(26) for name in names)]
     for problem, row_of in problems.items():
-        op, direction, M, N, K, R, D, dtype, race = problem
-        sizes = [f"M={M}", f"{N}x{K}" if N else f"K={K}"]
-        sizes += [f"R={R}"] if R else []
-        sizes += [f"D={D}"] if D else []
-        line = f"{race or op} {direction or ''} {dtype} {' '.join(sizes)}".ljust(44)
+        line = _problem_text(problem).ljust(44)
+        if has_floor:
+            floor = next(iter(row_of.values())).get("floor_us")
+            line += (f"{floor:.4g} us" if floor else "-").rjust(12)
         ours = row_of.get("fastpeft")
-        for name in providers:
+        for name in names:
             row = row_of.get(name)
             if row is None:
                 line += "-".rjust(26)
                 continue
-            ratio = f" ({time_of(row) / time_of(ours):.2f}x)" if ours and row is not ours else ""
-            line += (f"{time_of(row):.4g} {'us' if 'us' in row else 'ms'}" + ratio).rjust(26)
+            extra, share = "", share_of(row)
+            if ours and row is not ours:
+                extra = f" ({time_of(row) / time_of(ours):.2f}x)"
+            elif share:
+                extra = f" ({100 * share:.0f} %)"
+            line += (f"{time_of(row):.4g} {'us' if 'us' in row else 'ms'}" + extra).rjust(26)
         lines.append(line)
     return "\n".join(lines)
 
 
+def _problem_text(problem: tuple) -> str:
+    op, direction, M, N, K, R, D, dtype, race = problem
+    sizes = [f"M={M}", f"{N}x{K}" if N else f"K={K}"]
+    sizes += [f"R={R}"] if R else []
+    sizes += [f"D={D}"] if D else []
+    return " ".join([race or op, direction or "", dtype or "", *sizes])
+
+
+def _mean(ratios: list[float]) -> float:
+    return math.exp(sum(map(math.log, ratios)) / len(ratios))
+
+
 def standing(rows: list[Row]) -> str:
-    """Wins, ties and losses against each provider and the geometric mean of its time over ours;
-    losses by name.
+    """Wins, ties and losses against each provider and the geometric mean of its time over ours, in
+    all and for each race and direction; every loss by name. Then the shares of the roof.
     """
     pairs: dict[str, list[tuple[float, tuple]]] = defaultdict(list)
+    shares: dict[str, list[float]] = defaultdict(list)
     for problem, row_of in by_problem(rows).items():
-        if "fastpeft" not in row_of:
-            continue
         for name, row in row_of.items():
-            if name != "fastpeft":
+            if share := share_of(row):
+                shares[name].append(share)
+            if name != "fastpeft" and "fastpeft" in row_of:
                 pairs[name].append((time_of(row) / time_of(row_of["fastpeft"]), problem))
     lines = []
     for name, ratios in pairs.items():
-        wins = sum(r > 1 + TIE for r, _ in ratios)
-        losses = sorted((r, p) for r, p in ratios if r < 1 - TIE)
-        mean = math.exp(sum(math.log(r) for r, _ in ratios) / len(ratios))
-        ties = len(ratios) - wins - len(losses)
-        lines.append(
-            f"against {name}: {wins} wins, {ties} ties, {len(losses)} losses; "
-            f"geometric mean of its time over ours {mean:.3f}"
-        )
-        for ratio, problem in losses[:10]:
-            op, direction, M, N, K, R, D, dtype, race = problem
-            where = f"{race or op} {direction or ''} M={M} N={N} K={K} R={R} D={D} {dtype}"
-            lines.append(f"    loss {ratio:.3f}: {where}")
+        if name == "fastpeft pdl":
+            found = [ratio for ratio, _ in ratios]
+            lines.append(
+                f"dependent launch: time with it over without, geometric mean {_mean(found):.3f}, "
+                f"{min(found):.3f} ... {max(found):.3f}"
+            )
+            continue
+        lines += _against(name, ratios)
+    if shares:
+        means = ", ".join(f"{name} {100 * _mean(found):.0f} %" for name, found in shares.items())
+        lines.append(f"share of the roof, geometric mean: {means}")
     return "\n".join(lines)
 
 
-def plot(rows: list[Row], path: Path, gbs: float, tflops: float, cases: dict[tuple, Any]) -> None:
-    """Time over M, a panel for every layer, with the floor of this machine: the larger of bytes /
-    copy speed and operations / matmul speed.
+def _against(name: str, ratios: list[tuple[float, tuple]]) -> list[str]:
+    """The lines of one provider: all problems, then each race and direction, then the losses."""
+    groups: dict[str, list[float]] = defaultdict(list)
+    for ratio, problem in ratios:
+        groups[f"{problem[-1] or problem[0]} {problem[1] or ''}".strip()].append(ratio)
+    lines = [f"against {name}: {_counts([ratio for ratio, _ in ratios])}"]
+    if len(groups) > 1:
+        lines += [f"    {group}: {_counts(found)}" for group, found in groups.items()]
+    lost = sorted((ratio, problem) for ratio, problem in ratios if ratio < 1 - TIE)
+    return lines + [f"    loss {ratio:.3f}: {_problem_text(problem)}" for ratio, problem in lost]
 
-    cases: problem -> object with bytes(direction) and flops(direction).
+
+def _counts(ratios: list[float]) -> str:
+    wins, losses = sum(r > 1 + TIE for r in ratios), sum(r < 1 - TIE for r in ratios)
+    return (
+        f"{wins} wins, {len(ratios) - wins - losses} ties, {losses} losses; "
+        f"geometric mean of its time over ours {_mean(ratios):.3f}"
+    )
+
+
+# ---- plots
+
+
+def plots(rows: list[Row], base: Path) -> list[Path]:
+    """Draws BASE-time.png and BASE-share.png: time, and share of the roof, over M; a panel for
+    every layer and direction, a line for every provider.
+
+    Returns:
+        The files; none where no row has a floor.
     """
+    rows = [row for row in rows if row.get("floor_us") and "us" in row]
+    panels: dict[tuple, dict[str, list[Row]]] = defaultdict(lambda: defaultdict(list))
+    for row in rows:
+        race, direction = row["race"] or row["op"], row["direction"]
+        key = (f"{race} {direction}", row["N"], row["K"], row["R"], row["dtype"])
+        panels[key][name_of(row)].append(row)
+    drawn = []
+    for what in ("time", "share") if panels else ():
+        drawn.append(base.with_name(f"{base.name}-{what}.png"))
+        _draw(panels, what, drawn[-1], f"{rows[0]['device']}, torch {rows[0]['torch']}")
+    return drawn
+
+
+def _draw(panels: dict[tuple, dict[str, list[Row]]], what: str, path: Path, title: str) -> None:
     import matplotlib
 
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
-    panels: dict[tuple, dict[str, list]] = defaultdict(lambda: defaultdict(list))
-    floors: dict[tuple, dict[int, float]] = defaultdict(dict)
-    for problem, row_of in by_problem(rows).items():
-        _, direction, M, N, K, R, _, dtype, race = problem
-        key = (f"{race} {direction}", N, K, R or 0, dtype)
-        for name, row in row_of.items():
-            panels[key][name].append((M, time_of(row)))
-        case = cases[problem]
-        floors[key][M] = max(
-            case.bytes(direction) / gbs / 1e3, case.flops(direction) / tflops / 1e6
-        )
+    names = list(dict.fromkeys(name for series in panels.values() for name in series))
     columns = min(2, len(panels))
     lines = -(-len(panels) // columns)
-    figure, axes = plt.subplots(lines, columns, figsize=(6 * columns, 4 * lines), squeeze=False)
+    figure, axes = plt.subplots(lines, columns, figsize=(6 * columns, 3.6 * lines), squeeze=False)
     for axis, (key, series) in zip(axes.flat, panels.items(), strict=False):
-        for name, points in series.items():
-            axis.plot(*zip(*sorted(points), strict=True), marker="o", markersize=3, label=name)
-        floor = sorted(floors[key].items())
-        axis.plot(*zip(*floor, strict=True), "k--", linewidth=1, label="floor")
-        axis.set(xscale="log", yscale="log", xlabel="M (tokens)", ylabel="us")
+        for name, found in series.items():
+            value = time_of if what == "time" else share_of
+            points = sorted((row["M"], value(row)) for row in found)
+            style = {"color": f"C{names.index(name) % 10}", "marker": "o", "markersize": 3}
+            style["linewidth"] = 2.2 if name.startswith("fastpeft") else 1.2
+            axis.plot(*zip(*points, strict=True), label=name, **style)
+        if what == "time":
+            floor = sorted(
+                {(row["M"], row["floor_us"]) for found in series.values() for row in found}
+            )
+            axis.plot(*zip(*floor, strict=True), "k--", linewidth=1, label="floor")
+            axis.set(yscale="log", ylabel="us")
+        else:
+            axis.axhline(1.0, color="k", linestyle="--", linewidth=1)
+            axis.set_ylim(0, max(1.1, axis.get_ylim()[1]))
+            axis.set_ylabel("share of the roof")
+        axis.set_xscale("log", base=2)
+        axis.set_xlabel("M (tokens)")
         axis.set_title(f"{key[0]} N={key[1]} K={key[2]} R={key[3]} {key[4]}", fontsize=9)
+        axis.grid(alpha=0.3)
         axis.legend(fontsize=7)
     for axis in list(axes.flat)[len(panels) :]:
         axis.set_visible(False)
+    figure.suptitle(title, fontsize=10)
     figure.tight_layout()
     path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, dpi=120)
+    figure.savefig(path, dpi=110)
     plt.close(figure)

@@ -24,11 +24,14 @@ import peers  # noqa: E402
 import report  # noqa: E402
 import shapes  # noqa: E402
 from cases import Case  # noqa: E402
+from fastpeft.ops.launch import dependent_launch  # noqa: E402
 
 WHAT = ("dequantize", "qlinear", "lora", "bottleneck", "train-step")
 DEFAULT_PROVIDERS = {
     "dequantize": ("fastpeft", "bitsandbytes"),
-    "qlinear": ("fastpeft", "torch", "dequant+torch", "bitsandbytes", "peft+bitsandbytes"),
+    "qlinear": (
+        *("fastpeft", "torch", "dequant+torch", "bitsandbytes", "peft+bitsandbytes", "humming"),
+    ),
     "lora": bench_lora.PROVIDERS,
     "bottleneck": bench_bottleneck.PROVIDERS,
     "train-step": bench_train_step.PROVIDERS,
@@ -43,6 +46,10 @@ def _numbers(text: str) -> list[int]:
     return [int(word) for word in _words(text)]
 
 
+def _tokens(text: str) -> list[int]:
+    return list(shapes.TOKENS) if text == "all" else _numbers(text)
+
+
 def parser() -> argparse.ArgumentParser:
     """The options; each has a default that ends within a minute or two on either device."""
     p = argparse.ArgumentParser(
@@ -53,7 +60,7 @@ def parser() -> argparse.ArgumentParser:
     )
     p.add_argument("--device", choices=("cpu", "cuda"), help="default: cuda where there is one")
     p.add_argument("--shapes", help=f"NxK or {', '.join(shapes.LINEAR)}; comma between")
-    p.add_argument("--M", type=_numbers, help="tokens, 1,16,512")
+    p.add_argument("--M", type=_tokens, help="tokens, 1,16,512; all: 1 ... 16384")
     p.add_argument("--R", type=_numbers, default=[0, 16], help="ranks; 0: without LoRA")
     p.add_argument("--D", type=_numbers, default=[64, 256], help="bottleneck widths")
     p.add_argument(
@@ -61,7 +68,15 @@ def parser() -> argparse.ArgumentParser:
     )
     p.add_argument("--dtype", type=_words, help="bfloat16, float16, float32")
     p.add_argument(
-        "--directions", type=_words, default=["fwd", "fwd+bwd"], help="fwd, dgrad, fwd+bwd"
+        *("--directions",),
+        type=_words,
+        help="fwd, dgrad (without LoRA), fwd+bwd; default fwd,dgrad for qlinear, else fwd,fwd+bwd",
+    )
+    p.add_argument(
+        *("--pdl",),
+        action=argparse.BooleanOptionalAction,
+        help="fastpeft also with programmatic dependent launch, in rows of its own; train-step: "
+        "with it or without",
     )
     p.add_argument("--providers", type=_words, help="default: all that fit")
     p.add_argument("--model", type=_words, help=f"train-step: {', '.join(shapes.MODELS)}")
@@ -72,7 +87,10 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("--threads", type=int, help="CPU threads")
     p.add_argument("--time-budget", type=float, default=240.0, help="seconds; what is left is said")
     p.add_argument("--out", type=Path, help="rows (default results/<device>.jsonl)")
-    p.add_argument("--plot", type=Path, help="qlinear, lora: time over M with the floor, a PNG")
+    p.add_argument(
+        "--plot", type=Path, help="BASE of BASE-time.png, BASE-share.png (default beside the rows)"
+    )
+    p.add_argument("--no-plot", action="store_true", help="qlinear, lora: draw nothing")
     return p
 
 
@@ -85,7 +103,7 @@ def _defaults(args: argparse.Namespace) -> None:
     if unknown:
         raise ValueError(f"what: got {unknown[0]!r}, expected one of {', '.join(WHAT)}")
     args.shapes = shapes.linear_shapes(args.shapes or ("llama3-8b" if cuda else "576x1536"))
-    args.M = args.M or ([1, 16, 64, 512, 2048] if cuda else [1, 16, 512])
+    args.M = args.M or (list(shapes.TOKENS) if cuda else [1, 16, 512])
     args.dtype = args.dtype or ["bfloat16" if cuda else "float32"]
     args.model = args.model or ["llama3-8b" if cuda else "smollm2-135m"]
     args.batch = args.batch or (4 if cuda else 2)
@@ -96,9 +114,14 @@ def _defaults(args: argparse.Namespace) -> None:
         raise ValueError(f"providers: got {strange[0]!r}, expected of {', '.join(sorted(known))}")
 
 
+def _directions(what: str, args: argparse.Namespace) -> list[str]:
+    return args.directions or (["fwd", "dgrad"] if what == "qlinear" else ["fwd", "fwd+bwd"])
+
+
 def _run(what: str, args: argparse.Namespace, options: bench_qlinear.Options) -> int:
     """Runs one benchmark; how many problems the budget left out."""
-    linear = (args.dtype, args.shapes, args.R, args.M, args.directions)
+    directions = _directions(what, args)
+    linear = (args.dtype, args.shapes, args.R, args.M, directions)
     if what == "dequantize":
         cases = [
             Case(kind, dtype, 1, N, K)
@@ -120,7 +143,7 @@ def _run(what: str, args: argparse.Namespace, options: bench_qlinear.Options) ->
             for K in dict.fromkeys(K for _, K in args.shapes)
             for D in args.D
             for M in args.M
-            for direction in args.directions
+            for direction in directions
             if direction != "dgrad"
         ]
         return bench_bottleneck.run(sizes, options)
@@ -138,19 +161,47 @@ def _run(what: str, args: argparse.Namespace, options: bench_qlinear.Options) ->
     return bench_train_step.run(steps, options)
 
 
-def _plot(args: argparse.Namespace, rows: list[dict]) -> None:
-    """One picture a benchmark of linear layers."""
-    rows = [row for row in rows if row["op"] in ("qlinear", "lora")]
-    if not rows:
-        return
-    gbs = harness.copy_gbs(args.device)
-    tflops = harness.matmul_tflops(args.device, getattr(torch, rows[0]["dtype"]))
-    problems = {
-        report.problem_of(r): Case(r["race"], r["dtype"], r["M"], r["N"], r["K"], r["R"])
-        for r in rows
-    }
-    report.plot(rows, args.plot, gbs, tflops, problems)
-    print(f"plot: {args.plot} (copy {gbs:.0f} GB/s, matmul {tflops:.2f} TFLOP/s)")
+def _roof(what: str, args: argparse.Namespace) -> harness.Roof | None:
+    """Measured for the benchmarks that have floors."""
+    if what not in ("qlinear", "lora"):
+        return None
+    units = list(args.dtype)
+    if what == "qlinear" and any(kind.startswith("llm.int8") for kind in args.format):
+        units.append("int8")
+    roof = harness.measure_roof(args.device, tuple(units))
+    print(f"roof: {roof}")
+    return roof
+
+
+def _plot(args: argparse.Namespace, writer: harness.RowWriter) -> None:
+    try:
+        for path in report.plots(writer.rows, args.plot or writer.path.with_suffix("")):
+            print(f"plot: {path}")
+    except ImportError as error:
+        print(f"no plot: {error}")
+
+
+def _races(args: argparse.Namespace, writer: harness.RowWriter) -> None:
+    """All that was asked for, one after the other, within the budget."""
+    budget, at_start = harness.Budget(args.time_budget), dependent_launch()
+    for what in args.what:
+        # races of kernels switch for every provider; a training step keeps what it finds here
+        can_switch = dependent_launch(at_start if args.pdl is None else args.pdl)
+        options = bench_qlinear.Options(
+            args.device,
+            tuple(p for p in DEFAULT_PROVIDERS[what] if not args.providers or p in args.providers),
+            tuple(_directions(what, args)),
+            args.rounds,
+            budget,
+            writer,
+            lambda text: print(text, flush=True),
+            bool(args.pdl) and can_switch and args.device == "cuda",
+            _roof(what, args),
+        )
+        left = _run(what, args, options)
+        if left:
+            print(f"{what}: time budget of {args.time_budget:g} s spent, {left} problems NOT run")
+    dependent_launch(at_start)
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -167,30 +218,17 @@ def main(argv: list[str] | None = None) -> int:
     if args.threads:
         torch.set_num_threads(args.threads)
     writer = harness.RowWriter(args.out or harness.results_file(args.device), args.device)
-    budget = harness.Budget(args.time_budget)
     print(
         f"{harness.device_name(args.device)}, torch {torch.__version__}, commit {harness.commit()}"
     )
-    for what in args.what:
-        options = bench_qlinear.Options(
-            args.device,
-            tuple(p for p in DEFAULT_PROVIDERS[what] if not args.providers or p in args.providers),
-            tuple(args.directions),
-            args.rounds,
-            budget,
-            writer,
-            lambda text: print(text, flush=True),
-        )
-        left = _run(what, args, options)
-        if left:
-            print(f"{what}: time budget of {args.time_budget:g} s spent, {left} problems NOT run")
+    _races(args, writer)
     if not writer.rows:
         print("error: nothing was timed", file=sys.stderr)
         return 1
     print(report.table(writer.rows))
     print(report.standing(writer.rows))
-    if args.plot:
-        _plot(args, writer.rows)
+    if not args.no_plot:
+        _plot(args, writer)
     print(f"{len(writer.rows)} rows appended to {writer.path}")
     return 0
 

@@ -1,11 +1,14 @@
 """Runs a Case through fastpeft and through the formulas, and holds the results against each other.
 
 `python tests/kernelkit.py` checks a slice of the covering cases on the CPU and prints the
-instruction set that ran: test_qlinear starts it once for every level.
+instruction set that ran: test_qlinear starts it once for every level. With `--device cuda` it
+prints whose kernels ran, "sm_80": test_cuda_launch starts it with FASTPEFT_ARCH.
 """
 
 from __future__ import annotations
 
+import argparse
+import re
 import sys
 from dataclasses import replace
 
@@ -13,9 +16,26 @@ import compare
 import reference
 import torch
 from cases import COVERING, Case, Inputs
+from fastpeft.ops.launch import plan_text
 from fastpeft.ops.lora import LowRank
 from fastpeft.ops.qlinear import Weight, qlinear
 
+# One case and more for every kernel of the CUDA plan: skinny, general fused, wgmma, dequantise +
+# matmul, LLM.int8(), dense; with LoRA and bias, and with ragged edges.
+FAMILIES = [
+    Case(kind, dtype, M, N, K, R, blocksize, bias=R > 0, number=M)
+    for kind, dtype, N, K, blocksize in (
+        ("nf4", "bfloat16", 256, 512, 64),
+        ("nf4-single", "float16", 192, 576, 64),
+        ("fp4", "bfloat16", 264, 640, 128),
+        ("nf4", "bfloat16", 130, 341, 64),
+        ("nf4", "float32", 192, 576, 64),
+        ("int8", "bfloat16", 192, 576, 64),
+        ("llm.int8", "bfloat16", 256, 512, 64),
+        ("dense", "bfloat16", 192, 576, 64),
+    )
+    for M, R in ((1, 16), (16, 16), (24, 0), (100, 8), (300, 16))
+]
 ORDERS = 3  # other orders of summation in which plain torch's error is measured
 
 
@@ -103,10 +123,33 @@ def shuffled(inputs: Inputs, number: int) -> dict[str, torch.Tensor]:
     return {name: pick(value, *back[name]) for name, value in results.items()}
 
 
+def moved(inputs: Inputs, device: str) -> Inputs:
+    """The same numbers on another device; strides are not kept."""
+
+    def there(part):
+        tensors = {k: v.to(device) for k, v in vars(part).items() if isinstance(v, torch.Tensor)}
+        return replace(part, **tensors)
+
+    return replace(there(inputs), weight=there(inputs.weight))
+
+
+def check_from_afar(case: Case, device: str) -> None:
+    """Like check, but all that is not fastpeft's runs on the CPU: for tools that slow every kernel
+    of the device down.
+    """
+    inputs = case.build()
+    got = {name: value.cpu() for name, value in run(moved(inputs, device)).items()}
+    hold(case, inputs, got)
+
+
 def check(case: Case, device="cpu", lora_dtype=torch.float32) -> None:
     """Raises AssertionError with the worst element when a result breaks the error rule."""
     inputs = case.build(device)
-    got = run(inputs, lora_dtype)
+    hold(case, inputs, run(inputs, lora_dtype))
+
+
+def hold(case: Case, inputs: Inputs, got: dict[str, torch.Tensor]) -> None:
+    """Holds results against the formulas, which run where `inputs` are."""
     exact = formulas(inputs, torch.float64)
     plain = [formulas(inputs, case.torch_dtype)]
     plain += [shuffled(inputs, number) for number in range(ORDERS)]
@@ -118,14 +161,24 @@ def check(case: Case, device="cpu", lora_dtype=torch.float32) -> None:
         )
 
 
-def main() -> int:
-    """Every fifth case: all kinds, dtypes and token counts are among them."""
-    from fastpeft import _C
+def machine(device: str) -> str:
+    """Whose kernels run: the CPU's instruction set, or sm_90 and the like."""
+    if device == "cpu":
+        from fastpeft import _C
 
-    chosen = COVERING[::5]
+        return _C.build_facts()["cpu_isa"]
+    return re.search(r"sm_\d+", plan_text(1, 64, 64, is_cuda=True)).group()
+
+
+def main() -> int:
+    """Every fifth case: all kinds, dtypes and token counts are among them. On CUDA FAMILIES too."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--device", default="cpu")
+    device = parser.parse_args().device
+    chosen = COVERING[::5] + (FAMILIES if device == "cuda" else [])
     for case in chosen:
-        check(case)
-    print(f"{_C.build_facts()['cpu_isa']} {len(chosen)} cases")
+        check(case, device)
+    print(f"{machine(device)} {len(chosen)} cases")
     return 0
 
 

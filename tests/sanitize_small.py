@@ -1,4 +1,5 @@
-"""Runs every op of the library on tiny shapes, for compute-sanitizer:
+"""Runs every op of the library on tiny shapes, for compute-sanitizer (tests/sanitize.py, `make
+sanitize`):
 
     PYTORCH_NO_CUDA_MEMORY_CACHING=1 compute-sanitizer --tool memcheck --error-exitcode 9 \
         python tests/sanitize_small.py
@@ -20,7 +21,7 @@ import compare  # noqa: E402
 import kernelkit  # noqa: E402
 import reference  # noqa: E402
 import torch  # noqa: E402
-from fastpeft.ops import bottleneck, lora, quant  # noqa: E402
+from fastpeft.ops import bottleneck, launch, lora, quant  # noqa: E402
 from torch.utils._python_dispatch import TorchDispatchMode  # noqa: E402
 
 
@@ -40,6 +41,14 @@ class Recorder(TorchDispatchMode):
 def every_op() -> set[str]:
     """Names of all ops that the library registers."""
     return {n for n in torch._C._dispatch_get_all_op_names() if n.startswith("fastpeft::")}
+
+
+def check(case: cases.Case, device: str) -> None:
+    """Names the case first and waits for it: a fault of the device is then known to be its own."""
+    print(f"case {case}", flush=True)
+    kernelkit.check_from_afar(case, device)
+    if device == "cuda":
+        torch.cuda.synchronize()
 
 
 def quantise(device: str) -> None:
@@ -77,9 +86,28 @@ def layers(device: str) -> None:
             case = cases.Case(
                 kind, dtype, M, N, K, R, blocksize, number % 2 == 0, 0.25 if R else 0.0
             )
-            kernelkit.check(case, device)
+            check(case, device)
     seed = torch.tensor([3], device=device)
     lora.dropout(torch.randn(3, 67, device=device), 0.5, seed)
+
+
+def small_layers(device: str, tokens: list[int]) -> None:
+    """Every M class of the plan, forward, input gradient and LoRA's, with bias, on whole tiles and
+    on ragged ones; in 4 bits also bare. Dependent launch is what it is.
+    """
+    for number, M in enumerate(tokens):
+        for N, K in ((192, 576), (256, 512)):
+            for kind in ("nf4", "fp4", "int8", "llm.int8", "dense"):
+                dtype = "float16" if (number + len(kind)) % 3 == 0 else "bfloat16"
+                check(cases.Case(kind, dtype, M, N, K, 16, bias=True), device)
+            check(cases.Case("nf4", "bfloat16", M, N, K), device)
+        check(cases.Case("nf4", "float32", M, 130, 341, 8, bias=True), device)
+
+
+def switches() -> None:
+    """Ops without tensors."""
+    launch.dependent_launch(launch.dependent_launch())
+    launch.plan_text(1, 64, 64)
 
 
 def adapters(device: str) -> None:
@@ -100,16 +128,24 @@ def main() -> int:
     """0: all ran and were right; 1: an op is missing."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--device", default="cuda")
-    device = parser.parse_args().device
+    parser.add_argument("--M", type=int, nargs="*", default=[1, 5, 16, 24, 64, 100, 300])
+    args = parser.parse_args()
+    device = args.device
     torch.manual_seed(0)
     with Recorder() as recorder:
         quantise(device)
         layers(device)
+        small_layers(device, args.M)
         adapters(device)
+        switches()
     if device == "cuda":
         torch.cuda.synchronize()
     missing = every_op() - recorder.ran
-    print(f"ran {len(recorder.ran)} ops on {device}; not run: {sorted(missing) or 'none'}")
+    state = "on" if launch.dependent_launch() else "off"
+    print(
+        f"ran {len(recorder.ran)} ops on {device}, dependent launch {state}; "
+        f"not run: {sorted(missing) or 'none'}"
+    )
     return 1 if missing else 0
 
 

@@ -13,6 +13,7 @@ from cases import Case
 BENCHMARKS = Path(__file__).resolve().parent.parent / "benchmarks"
 sys.path.append(str(BENCHMARKS))
 
+import bench_qlinear  # noqa: E402
 import harness  # noqa: E402
 import report  # noqa: E402
 import run  # noqa: E402
@@ -61,8 +62,58 @@ def test_standing_counts_and_means():
     text = report.standing(rows)
     assert "against torch: 1 wins, 1 ties, 1 losses" in text
     assert "1.003" in text  # cube root of 2 * 1.01 * 0.5
-    assert "loss 0.500: nf4  M=3" in text
+    assert "loss 0.500: nf4" in text and "M=3" in text
     assert "(0.50x)" in report.table(rows)
+
+
+def made_rows() -> list[dict]:
+    """Two directions and token counts; two providers, one of them with dependent launch too."""
+    return [
+        {
+            **{"op": "qlinear", "race": "nf4", "N": 64, "K": 128, "R": 0, "dtype": "bfloat16"},
+            **{"device": "a card", "torch": "2.11", "direction": direction, "M": M},
+            **({"pdl": True} if name == "fastpeft pdl" else {}),
+            **{"provider": name.split()[0], "us": us * M, "floor_us": 4.0 * M},
+        }
+        for direction in ("fwd", "dgrad")
+        for M in (1, 64)
+        for name, us in (("fastpeft", 8.0), ("fastpeft pdl", 5.0), ("torch", 7.0))
+    ]
+
+
+def test_standing_by_direction_with_every_loss_and_the_roof():
+    text = report.standing(made_rows())
+    assert "against torch: 0 wins, 0 ties, 4 losses" in text
+    assert "nf4 dgrad: 0 wins, 0 ties, 2 losses" in text and text.count("loss 0.875") == 4
+    assert "over without, geometric mean 0.625, 0.625 ... 0.625" in text
+    assert "fastpeft 50 %" in text and "fastpeft pdl 80 %" in text and "torch 57 %" in text
+    table = report.table(made_rows())
+    assert "floor" in table and "8 us (50 %)" in table and "fastpeft pdl" in table
+
+
+def test_two_plots_beside_the_rows(tmp_path):
+    pytest.importorskip("matplotlib", reason="matplotlib is not installed")
+    drawn = report.plots(made_rows(), tmp_path / "rows")
+    assert [path.name for path in drawn] == ["rows-time.png", "rows-share.png"]
+    assert all(path.read_bytes().startswith(b"\x89PNG") for path in drawn)
+    assert report.plots([{"op": "bottleneck", "us": 1.0, "provider": "torch"}], tmp_path) == []
+
+
+def test_roof_is_the_slower_of_bytes_and_operations():
+    roof = harness.Roof(1000.0, {"bfloat16": 10.0, "int8": 20.0})
+    assert roof.us(1e9, 1.0, "bfloat16") == pytest.approx(1000.0)
+    assert roof.us(1.0, 1e9, "bfloat16") == pytest.approx(100.0)
+    case = Case("llm.int8", "bfloat16", M=512, N=4096, K=4096)
+    fwd, dgrad = (bench_qlinear.floor_us(case, d, roof) for d in ("fwd", "dgrad"))
+    assert dgrad == pytest.approx(2 * fwd) and bench_qlinear.floor_us(case, "fwd", None) == 0
+
+
+def test_fastpeft_runs_once_more_with_dependent_launch():
+    work = harness.Work("fastpeft", lambda i: None, 1, 0.0)
+    assert [w.label for w in harness.variants(work, True)] == ["fastpeft", "fastpeft pdl"]
+    assert harness.variants(work, False) == [work]
+    other = harness.Work("torch", lambda i: None, 1, 0.0)
+    assert harness.variants(other, True) == [other]
 
 
 def test_wrong_values_have_no_time():
@@ -100,7 +151,23 @@ def test_linear_layers_race(tmp_path):
     for row in ours:
         assert row["us"] > 0 and row["us_p20"] <= row["us"] <= row["us_p80"]
         assert "threads" in row["device"] and row["torch"] == torch.__version__ and row["commit"]
+        assert "pdl" not in row
+        if row["op"] == "qlinear":
+            assert any(kernel in row["note"] for kernel in ("fused", "matmul")), row
     assert {row["provider"] for row in rows} == {"fastpeft", "torch", "dequant+torch"}
+
+
+def test_a_race_draws_and_sums_up(tmp_path, capsys):
+    pytest.importorskip("matplotlib", reason="matplotlib is not installed")
+    argv = ("--shapes", "16x64", "--M", "1,4", "--R", "0", "--format", "nf4,int8")
+    rows = race(tmp_path, *argv, "--providers", "fastpeft,dequant+torch")
+    assert {row["direction"] for row in rows} == {"fwd", "dgrad"}  # the default
+    out = capsys.readouterr().out
+    assert "roof: " in out and "share of the roof" in out and "against dequant+torch" in out
+    assert (tmp_path / "rows-time.png").is_file() and (tmp_path / "rows-share.png").is_file()
+    race(tmp_path, *argv, "--providers", "fastpeft", "--plot", str(tmp_path / "a"), "--pdl")
+    assert (tmp_path / "a-time.png").is_file()
+    assert "pdl" not in (tmp_path / "rows.jsonl").read_text()  # the CPU has no such launch
 
 
 def test_bottleneck_race(tmp_path):

@@ -270,6 +270,14 @@ def test_doctor(run):
     assert "library" in out and "loads" in out
 
 
+def test_doctor_shows_the_variables_that_are_set(run, monkeypatch):
+    monkeypatch.setenv("FASTPEFT_PDL", "0")
+    monkeypatch.delenv("FASTPEFT_ARCH", raising=False)
+    assert json.loads(run("doctor", "--json")[1])["launch"]["variables"]["FASTPEFT_PDL"] == "0"
+    out = run("doctor")[1]
+    assert "FASTPEFT_PDL" in out and "FASTPEFT_ARCH " not in out
+
+
 def broken_copy(tmp_path: Path, library: bytes | None) -> dict[str, str]:
     """An environment whose fastpeft has this for a library; None: none."""
     ignore = shutil.ignore_patterns("__pycache__", "*.so")
@@ -356,9 +364,28 @@ def test_plan(run):
     code, out, _ = run("plan", "1", "576", "576", "--arch", "0", "--sm-count", "2", "--json")
     plan = json.loads(out)
     assert code == 0 and plan["kernel"] and plan["workspace_bytes"] >= 0
+    assert plan["floor"]["machine"]["name"] and plan["floor"]["us"] > 0
     code, out, _ = run("plan", "1", "576", "576", "--arch", "0", "--sm-count", "2")
-    assert code == 0 and out.strip() == plan["text"]
+    assert code == 0 and out.startswith(plan["text"] + "\n")
+    rows = dict(
+        line.strip().split("  ", 1) for line in out.splitlines()[1:] if "  " in line.strip()
+    )
+    assert rows["kernel"].strip().startswith(plan["kernel"])
+    assert rows.keys() >= {"workspace", "floor", "memory", "arithmetic", "rates"}
     fails_in_two_lines(run("plan", "1", "576", "576", "--format", "nf5"), 2, "nf5")
+
+
+def test_plan_for_a_named_card(run):
+    pytest.importorskip("fastpeft._C", reason="the plan is printed by fastpeft._C: not built")
+    for options, arch, name in (
+        (("--machine", "RTX-3090"), "sm_86", "RTX-3090"),
+        (("--machine", "A100-SXM", "--R", "16"), "sm_80", "A100-SXM"),
+        (("--machine", "A100-SXM", "--arch", "0"), "cpu", "A100-SXM"),
+        (("--arch", "90"), "sm_90", ""),
+    ):
+        code, out, _ = run("plan", "64", "4096", "4096", *options)
+        assert code == 0 and f"on {arch}:" in out and name in out, out
+    fails_in_two_lines(run("plan", "1", "64", "64", "--machine", "abacus"), 2, "H100-SXM")
 
 
 def test_units():

@@ -11,6 +11,7 @@ import pytest
 import torch
 from fastpeft.functional import bottleneck, qlinear
 from fastpeft.ops.bottleneck import ACTIVATIONS
+from fastpeft.ops.launch import plan_text
 from fastpeft.ops.lora import dropout
 from fastpeft.ops.quant import FORMAT_IDS
 from fastpeft.quant.nf4 import dynamic_map
@@ -85,6 +86,8 @@ def samples() -> dict[str, list[tuple]]:
             (x, x.clone(), down, torch.randn(D), up, torch.randn(K), 3, 2.0),
             (x.bfloat16(), x.bfloat16(), down, None, up, None, 5, 1.0),
         ],
+        "dependent_launch": [(None,)],
+        "plan_text": [(False, M, N, K, R, FORMAT_IDS["nf4"], 32, 1, torch.bfloat16)],
     }
 
 
@@ -101,9 +104,33 @@ def test_no_operator_without_a_sample():
 
 @pytest.mark.parametrize("name", names())
 def test_opcheck(name, device):
+    checks = {"plan_text": ("test_schema", "test_faketensor")}  # the others compare tensors
     for args in samples()[name]:
         moved = tuple(a.to(device) if isinstance(a, torch.Tensor) else a for a in args)
-        opcheck(getattr(torch.ops.fastpeft, name).default, moved)
+        op = getattr(torch.ops.fastpeft, name).default
+        opcheck(op, moved, **({"test_utils": checks[name]} if name in checks else {}))
+
+
+def test_dependent_launch_is_a_switch():
+    """It stays as it was told; without CUDA kernels it is off for good."""
+    before = fastpeft.dependent_launch()
+    has_cuda = torch._C._dispatch_has_kernel_for_dispatch_key("fastpeft::dequantize", "CUDA")
+    try:
+        for on in (False, True, True, False):
+            assert fastpeft.dependent_launch(on) == (on and has_cuda)
+            assert fastpeft.dependent_launch() == (on and has_cuda)
+    finally:
+        fastpeft.dependent_launch(before)
+
+
+def test_the_plan_as_text():
+    text = plan_text(33, 576, 1536, 16, "nf4", direction="dgrad")
+    for part in ("nf4", "dgrad", "bfloat16", "M=33", "N=576", "K=1536", "R=16", "cpu"):
+        assert part in text, text
+    with pytest.raises(RuntimeError, match="expected M >= 0"):
+        plan_text(1, 0, 64)
+    with pytest.raises(RuntimeError, match="dtype"):
+        plan_text(1, 64, 64, dtype=torch.int8)
 
 
 def double(*shape) -> torch.Tensor:

@@ -1,10 +1,12 @@
-"""The plan: a pure function from problem to kernel, printable, without a GPU."""
+"""The plan and the floor: pure functions of a problem, printable, without a GPU."""
 
 from __future__ import annotations
 
 import itertools
+import random
 
 import pytest
+from cases import KINDS, Case
 
 _C = pytest.importorskip("fastpeft._C", reason="fastpeft._C is not built: it prints plans")
 
@@ -93,12 +95,100 @@ def test_text_names_the_problem_and_the_kernel():
         {"format": "int3"},
         {"dtype": "float8"},
         {"direction": "sideways"},
+        {"blocksize": 0},
     ],
     ids=str,
 )
 def test_refuses_what_is_no_problem(bad):
-    with pytest.raises(ValueError, match="expected"):
-        _C.plan(**{"M": 1, "N": 64, "K": 64, **bad})
+    for ask in (_C.plan, _C.floor):
+        with pytest.raises(ValueError, match="expected"):
+            ask(**{"M": 1, "N": 64, "K": 64, **bad})
+
+
+def families(M, N, K, **more) -> str:
+    return plan(M, N, K, (90, 132), **more)["kernel"]
+
+
+@pytest.mark.skipif(not _C.build_facts()["sm90a"], reason="built without sm_90a kernels")
+@pytest.mark.parametrize(
+    ("M", "N", "K", "more", "kernels"),
+    [
+        (1, 4096, 4096, {}, {"fused"}),
+        (16, 14336, 4096, {"R": 16}, {"fused"}),
+        (1, 28672, 8192, {"direction": "dgrad"}, {"fused"}),
+        (512, 14336, 4096, {}, {"wgmma"}),
+        (8192, 4096, 14336, {"direction": "dgrad"}, {"wgmma"}),
+        (4096, 4096, 4096, {"dtype": "float32"}, {"dequantize+matmul"}),
+        (300, 576, 577, {}, {"dequantize+matmul"}),
+        (4096, 4096, 4096, {"format": "dense"}, {"dense"}),
+    ],
+    ids=str,
+)
+def test_kernel_families_of_known_problems(M, N, K, more, kernels):
+    assert families(M, N, K, **more) in kernels
+
+
+def test_portable_devices_get_portable_kernels():
+    for arch, sms in ((80, 108), (86, 82), (89, 128), (120, 170)):
+        for M in (1, 16, 300, 4096):
+            assert plan(M, 4096, 4096, (arch, sms))["kernel"] != "wgmma"
+
+
+def test_no_problem_crashes():
+    """Sizes, blocks and devices drawn at random, far outside what a model has."""
+    draw = random.Random(0)
+    for _ in range(3000):
+        N, K = (draw.choice((1, 3, 17, 64, 1000, 2**20 + 5)) for _ in range(2))
+        M, R = draw.choice((0, 1, 17, 64, 4097, 2**31 + 5)), draw.randint(0, 300)
+        sizes = {"M": M, "N": N, "K": K, "R": R}
+        more = {
+            "format": draw.choice(FORMATS),
+            "blocksize": draw.choice((1, 7, 32, 64, 96, 4096, 2**20)),
+            "direction": draw.choice(("fwd", "dgrad")),
+            "dtype": draw.choice((*DTYPE_BYTES, "float64")),
+        }
+        arch, sms = draw.choice((0, 75, 80, 86, 89, 90, 100, 120)), draw.choice((0, 1, 132, 1000))
+        p = _C.plan(**sizes, **more, arch=arch, sm_count=sms)
+        assert p["kernel"] in KERNELS and p["workspace_bytes"] >= 0, (sizes, more, arch, sms, p)
+        f = _C.floor(**sizes, **more, machine=draw.choice(_C.MACHINES)["name"])
+        assert f["us"] == max(f["memory_us"], f["compute_us"]) > 0, (sizes, more, f)
+
+
+# ---- the floor
+
+
+@pytest.mark.parametrize("R", [0, 16])
+@pytest.mark.parametrize("kind", ["nf4", "nf4-single", "int8", "dense"])
+def test_floor_counts_what_the_benchmarks_count(kind, R):
+    for M, (N, K) in itertools.product((1, 300), ((4096, 4096), (7, 341))):
+        case = Case(kind, "bfloat16", M, N, K, R)
+        fmt, double, _ = KINDS[kind]
+        for direction in ("fwd", "dgrad"):
+            f = _C.floor(M, N, K, R, fmt, direction=direction, double_quant=double)
+            assert f["bytes"] == pytest.approx(case.bytes(direction), rel=1e-12)
+            assert f["flops"] == case.flops(direction)
+
+
+def test_floors_by_hand():
+    """14336 x 4096 on an H200: 30.3 MB of codes and scales at 4.11 TB/s; 770 TFLOP/s."""
+    one = _C.floor(1, 14336, 4096)
+    assert one["bound"] == "memory" and one["us"] == pytest.approx(7.38, abs=0.01)
+    many = _C.floor(8192, 14336, 4096)
+    assert many["bound"] == "compute" and many["us"] == pytest.approx(1249.5, rel=1e-3)
+    assert _C.floor(8192, 14336, 4096, dtype="float32")["us"] > 10 * many["us"]
+    assert _C.floor(1, 14336, 4096, dtype="float64")["compute_us"] == 0  # no figure
+
+
+def test_machines_are_real_ones():
+    names = [machine["name"] for machine in _C.MACHINES]
+    assert names[0] == "H200" and len(set(names)) == len(names)
+    for machine in _C.MACHINES:
+        assert machine["source"].startswith("measured" if machine["name"] == "H200" else "data")
+        assert 80 <= machine["arch"] <= 120 and 80 <= machine["sm_count"] <= 200
+        assert 500 < machine["read_gbs"] < 5000
+        assert machine["tflops_fp32"] < machine["tflops_16bit"] < 1000
+    with pytest.raises(ValueError, match="H100-SXM"):
+        _C.floor(1, 64, 64, machine="abacus")
 
 
 def test_constants_are_the_formats():

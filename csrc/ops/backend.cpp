@@ -61,6 +61,33 @@ int Backend::sm_count() const {
   return int(torch::stable::get_num_threads());
 }
 
+bool dependent_launch(std::optional<bool> is_on) {
+#ifdef FASTPEFT_WITH_CUDA
+  if (is_on) cuda::set_dependent_launch(*is_on);
+  return cuda::dependent_launch();
+#else
+  (void)is_on;
+  return false;
+#endif
+}
+
+void set_device(Problem& problem, bool is_cuda) {
+  if (is_cuda) {
+#ifdef FASTPEFT_WITH_CUDA
+    const cuda::DeviceFacts facts = cuda::device_facts();
+    problem.arch = facts.arch;
+    problem.sm_count = facts.sm_count;
+    return;
+#else
+    STD_TORCH_CHECK(false, "is_cuda: this library was built without CUDA kernels");
+#endif
+  }
+  problem.arch = 0;
+  problem.sm_count = int(torch::stable::get_num_threads());
+  problem.cpu_lanes = cpu::simd_lanes();
+  problem.cpu_has_fast_bf16 = cpu::has_fast_bf16();
+}
+
 Tensor empty_sized(const int64_t* sizes, int64_t dims, ScalarType dtype, const Tensor& like) {
   std::vector<int64_t> strides(dims);
   int64_t stride = 1;

@@ -46,6 +46,12 @@ class Backend {
   std::optional<torch::stable::accelerator::DeviceGuard> guard_;
 };
 
+// Programmatic dependent launch: switches it where asked, and tells whether it is on; always false
+// without CUDA kernels.
+bool dependent_launch(std::optional<bool> is_on);
+// The facts of the current CUDA device, or of the CPU, that a plan depends on.
+void set_device(Problem& problem, bool is_cuda);
+
 // Uninitialised contiguous tensor on `like`'s device.
 Tensor empty(std::initializer_list<int64_t> sizes, ScalarType dtype, const Tensor& like);
 Tensor empty_with_last(const Tensor& like, int64_t last);  // like's shape, last dimension replaced

@@ -55,4 +55,13 @@ STABLE_TORCH_LIBRARY(fastpeft, m) {
       "up_bias, int activation, "
       "float scaling) -> (Tensor dx, Tensor ddown, Tensor ddown_bias, Tensor dup, Tensor "
       "dup_bias)");
+
+  // Without tensors (launch.cpp). Programmatic dependent launch on or off for the process; None
+  // leaves it. -> whether it is on now; always false without CUDA kernels.
+  m.def("dependent_launch(bool? is_on) -> bool");
+  // Which kernel serves a problem on the current CUDA device (or the CPU), as text; direction 0
+  // forward, 1 input gradient.
+  m.def(
+      "plan_text(bool is_cuda, int M, int N, int K, int R, int format, int blocksize, int "
+      "direction, ScalarType dtype) -> str");
 }

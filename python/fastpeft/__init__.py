@@ -47,6 +47,7 @@ _EXPORTS = {
     "unmerge": "fastpeft.merge",
     "summary": "fastpeft.report",
     "memory": "fastpeft.report",
+    "dependent_launch": "fastpeft.ops.launch",
     "param_groups": "fastpeft.groups",
     "save_adapter": "fastpeft.io",
     "load_adapter": "fastpeft.io",

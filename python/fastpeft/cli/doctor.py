@@ -6,7 +6,7 @@ from typing import Annotated, Any
 
 import typer
 
-from .diagnosis import diagnose
+from .diagnosis import VARIABLES, diagnose
 from .show import as_bytes, as_json, table
 
 
@@ -43,6 +43,11 @@ def _rows(facts: dict[str, Any]) -> list[tuple[str, str]]:
         )
     if not facts["gpus"]:
         rows.append(("GPU", "none found"))
+    if facts["launch"]["dependent_launch"] is not None:
+        on = "on" if facts["launch"]["dependent_launch"] else "off"
+        rows.append(("launches", f"dependent launch {on} (from compute capability 9.0)"))
+    for name, value in facts["launch"]["variables"].items():
+        rows.append((name, f"{value}  ({VARIABLES[name]})"))
     for name, result in facts["self_test"].items():
         rows.append((f"self test, {name}", result))
     present = [f"{name} {version}" for name, version in facts["packages"].items() if version]

@@ -5,6 +5,6 @@ Importing it loads the native library (LibraryError if that fails). No nn.Module
 plain integers.
 """
 
-from . import bottleneck, lora, qlinear, quant
+from . import bottleneck, launch, lora, qlinear, quant
 
-__all__ = ["bottleneck", "lora", "qlinear", "quant"]
+__all__ = ["bottleneck", "launch", "lora", "qlinear", "quant"]
