@@ -1,51 +1,161 @@
-// 4-bit linear layer for few tokens, decode inside, input gradient (sm_80 and newer). Shared parts
-// and the lookup: qlinear_skinny.cuh.
+// 4-bit linear layer for few tokens, decode inside, input gradient (sm_80 and newer). Table and
+// lookup: qlinear_skinny.cuh.
 //
 //   dx [M, K] = dy W + ds A                dy [M, N], ds [M, R], A [R, K]
 //   W [N, K] tiled 4-bit codes, one absmax a block of >= 32 columns
 //
-// The forward's bytes through ldmatrix.trans: rows k, reduction n. absmax varies along n, so it is
-// folded into dy (8 products a lane and 1024 weights), which is so rounded to 16 bits once more; in
-// float16 the fold is normalised by a power of two an item, or small absmax would underflow.
+// The forward's bytes through ldmatrix.trans: rows k, reduction n. A stored byte holds one row n of
+// a pair of columns (k0, k1), and so does what the table gives for it.
+//   M <= 4: the pair is taken as it is, as two elements of the reduction: (n, k0), (n, k1). Column
+//   2m of the other operand is (dy, 0), column 2m + 1 (0, dy): sums of k0 and of k1. No nibble is
+//   moved, and the mma are as many as otherwise, for half of its products are with zero.
+//   M <= 16: nibbles 1 and 2 of a unit are swapped first (4 instructions for 8 weights), then a
+//   byte holds rows n0, n1 of one column; 8 or 16 tokens are the columns.
+// absmax varies along n, so it is folded into dy. A warp decodes it for 128 rows at once, 4 rows a
+// lane, into its own scratch: folded dy (M <= 4), or the scale as a 16-bit high and low part, two
+// packed operations a pair of dy. dy is so rounded to 16 bits once more; in float16 the scales of an
+// item are normalised by a power of two, or small absmax would underflow.
 //
-//     block: 32 columns (half a strip) a time, all of N;  rows:  | warp 0 | warp 1 | ... | warp 15
-//     | item of a warp: 2 row strips x 32 columns = 4 tiles of 128 bytes
+//     cluster of blocks: some halves of strips (32 columns), all of N; warps of all blocks:
+//     rows:  | warp 0 | warp 1 | ... | warp 16 c - 1 |     chunk of a warp: 4 items; item: 32 rows
+//     unit: a strip (64 columns), or one half of it where a share begins or ends inside a strip
+// Sums of the warps meet in shared memory, those of the blocks through distributed shared memory,
+// always in the same order.
 //
-// Bound: as forward; 218 instructions an item of 1024 weights and warp (README.md).
+// Bound: reading the codes, 30 clocks for 1024 weights and SM of an H200 (4.1 TB/s); shared memory
+// needs 27 (16 lookups, 4 to write codes, 4 to read them, 3 for folded dy). README.md has the rest.
+#include "dependent_launch.cuh"
 #include "qlinear_skinny.cuh"
 
 namespace fastpeft::cuda {
 
 namespace {
 
-using namespace skinny;
+constexpr int kWarps = 16, kThreads = 32 * kWarps;
+constexpr int kHalf = 32;                       // columns
+constexpr int kItem = 32;                       // rows of W: two strips
+constexpr int kChunk = 4, kRows = 4 * kItem;    // items a chunk; 4 rows a lane
+constexpr int kEntry = 256, kTableBytes = 256 * kEntry, kMapBytes = 1024;
+constexpr int kRingAt = kTableBytes + kMapBytes;
 
-constexpr int kUnit = 32;  // columns a block finishes at a time
-constexpr int kItem = 32;  // rows of W an item
+// i-th of `parts` equal shares, to within one, of something.
+struct Share {
+  int base, extra;
+  __device__ __forceinline__ int begin(int part) const { return part * base + min(part, extra); }
+};
 
-// dy of 8 * kTok tokens, 32 rows of W: lane (g, t) holds rows 8t .. 8t + 7 of token g.
-template <class T, int kTok>
-struct GradFragment {
-  uint4 v[kTok];
-  const T* row[kTok];  // this lane's token, from its 8t on; null past M
+Share share_of(int64_t total, int parts) {
+  return {int(total / parts), int(total % parts)};
+}
 
-  __device__ __forceinline__ void start(const Args& a, int m0, int g, int t) {
-#pragma unroll
-    for (int i = 0; i < kTok; ++i) {
-      const int64_t m = m0 + 8 * i + g;
-      row[i] = m < a.M ? static_cast<const T*>(a.in) + m * a.w.N + 8 * t : nullptr;
-    }
-  }
-  // N is a multiple of 8, so a piece lies inside or outside as a whole.
-  __device__ __forceinline__ void load(int n, bool is_inside) {
-#pragma unroll
-    for (int i = 0; i < kTok; ++i) {
-      v[i] = make_uint4(0, 0, 0, 0);
-      if (row[i] && is_inside) v[i] = __ldg(reinterpret_cast<const uint4*>(row[i] + n));
-    }
+struct Args {
+  PackedWeight w;
+  Codebook book;       // times gain
+  float inverse_gain;  // 1 / gain
+  int blocks_a_row;    // K / blocksize
+  int M, R;
+  int cluster_shift;   // log2(blocks of a cluster)
+  Share halves;        // over the clusters
+  Share items;         // over the warps of a cluster
+  const void* dy;      // [M, N]
+  const void* ds;      // [M, R] or null
+  const void* lora_a;  // [R, K] or null
+  void* dx;            // [M, K]
+};
+
+// Shared memory of a variant. kWide: whole strips, for devices with 227 KB a block and clusters;
+// else halves only, within 99 KB, where what belongs to one warp lies in the 128-byte holes between
+// the entries of the table.
+template <int kTokens, bool kWide>
+struct Layout {
+  static constexpr int kHalves = kWide ? 2 : 1, kColumns = kHalf * kHalves;
+  static constexpr int kSlot = 512 * kHalves;  // an item
+  static constexpr int kFoldBytes = kTokens == 4 ? 8 * kRows : 4 * kRows;
+  static constexpr int kPartialBytes = 4 * kTokens * kColumns;
+  static constexpr int kScratchBytes = kFoldBytes > kPartialBytes ? kFoldBytes : kPartialBytes;
+  static constexpr int kScratchAt = kWide ? kRingAt + kWarps * kChunk * kSlot : 128;
+  static constexpr int kScratchStride = kWide ? kScratchBytes : 16 * kEntry;  // between warps
+  static constexpr int kMailAt = kScratchAt + kWarps * kScratchBytes;         // kWide
+  static constexpr int kMailBytes = 4 * kTokens * kColumns;  // of one unit; two are kept
+  static constexpr int kBellAt = kMailAt + 2 * kMailBytes;   // two barriers
+  static constexpr int kBytes = kWide ? kBellAt + 16 : kRingAt + kWarps * kChunk * kSlot;
+  static_assert(kWide ? kBytes <= 227 * 1024 : kBytes <= 99 * 1024, "shared memory");
+  static_assert(kWide || kScratchBytes <= 16 * 128, "the holes of 16 entries a warp");
+
+  static __device__ __forceinline__ constexpr int place(int byte) {
+    return kWide ? byte : byte / 128 * kEntry + byte % 128;
   }
 };
 
+// ---- bricks
+__device__ __forceinline__ void copy_async16(uint32_t shared, const void* global) {
+  asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(shared), "l"(global) : "memory");
+}
+// Sums between the blocks of a cluster: a store on a remote address that counts its bytes on the
+// receiver's barrier. (Releasing a cluster barrier would cost a fence of the whole GPU a unit.)
+__device__ __forceinline__ void cluster_arrive() {
+#if __CUDA_ARCH__ >= 900
+  asm volatile("fence.mbarrier_init.release.cluster;\nbarrier.cluster.arrive.relaxed.aligned;" ::
+                   : "memory");
+#endif
+}
+__device__ __forceinline__ void cluster_wait() {
+#if __CUDA_ARCH__ >= 900
+  asm volatile("barrier.cluster.wait.acquire.aligned;" ::: "memory");
+#endif
+}
+__device__ __forceinline__ void mail_init(uint32_t bar) {
+#if __CUDA_ARCH__ >= 900
+  asm volatile("mbarrier.init.shared::cta.b64 [%0], 1;" ::"r"(bar) : "memory");
+#endif
+}
+__device__ __forceinline__ void mail_expect(uint32_t bar, uint32_t bytes) {
+#if __CUDA_ARCH__ >= 900
+  asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(bar), "r"(bytes)
+               : "memory");
+#endif
+}
+__device__ __forceinline__ void mail_wait(uint32_t bar, uint32_t parity) {
+#if __CUDA_ARCH__ >= 900
+  asm volatile(
+      "{\n.reg .pred p;\nW: mbarrier.try_wait.parity.acquire.cluster.shared::cta.b64 p, [%0], %1;\n"
+      "@p bra D;\nbra W;\nD:\n}\n" ::"r"(bar),
+      "r"(parity)
+      : "memory");
+#endif
+}
+__device__ __forceinline__ void mail_send(uint32_t to, uint32_t bar, int rank, float v) {
+#if __CUDA_ARCH__ >= 900
+  asm volatile(
+      "{\n.reg .b32 there, bell;\nmapa.shared::cluster.u32 there, %0, %2;\n"
+      "mapa.shared::cluster.u32 bell, %1, %2;\n"
+      "st.async.weak.shared::cluster.mbarrier::complete_tx::bytes.f32 [there], %3, [bell];\n}\n" ::
+          "r"(to),
+      "r"(bar), "r"(rank), "f"(v)
+      : "memory");
+#endif
+}
+__device__ __forceinline__ uint32_t permute(uint32_t a, uint32_t selector) {  // byte 4..7: zero
+  return __byte_perm(a, 0, selector);
+}
+// The same value, of unknown origin: ptxas would rather recompute what depends on the lane in every
+// step than keep it in a register, and sees through an empty asm.
+__device__ __forceinline__ uint32_t keep(uint32_t v) {
+  return __shfl_sync(kAllLanes, v, threadIdx.x % 32);
+}
+template <class T>
+__device__ __forceinline__ uint32_t fma_pair(uint32_t a, uint32_t b, uint32_t c) {
+  uint32_t r;
+  if constexpr (std::is_same_v<T, bf16>)
+    asm("fma.rn.bf16x2 %0, %1, %2, %3;" : "=r"(r) : "r"(a), "r"(b), "r"(c));
+  else
+    asm("fma.rn.f16x2 %0, %1, %2, %3;" : "=r"(r) : "r"(a), "r"(b), "r"(c));
+  return r;
+}
+template <class T>
+__device__ __forceinline__ uint32_t mul_pair(uint32_t a, uint32_t b) {
+  return fma_pair<T>(a, b, 0x80008000u);  // -0: keeps the sign of a zero product
+}
 // Swaps nibbles 1 and 2 of both units: (n0,k0)(n0,k1)(n1,k0)(n1,k1) -> pairs of n for k0 and for
 // k1.
 __device__ __forceinline__ uint32_t transpose_units(uint32_t w) {
@@ -53,249 +163,583 @@ __device__ __forceinline__ uint32_t transpose_units(uint32_t w) {
   return w ^ differ ^ (differ << 4);
 }
 
-// ds A as the first partial sums of two tiles of 16 columns: warp w adds ranks w, w + 16, ...
-template <class T, int kTok>
-__device__ __forceinline__ void start_sums(const Args& a, int k0, int m0, int t, int warp,
-                                           float (&acc)[2][kTok][4]) {
-#pragma unroll
-  for (int tile = 0; tile < 2; ++tile)
-#pragma unroll
-    for (int i = 0; i < kTok; ++i)
-#pragma unroll
-      for (int c = 0; c < 4; ++c) acc[tile][i][c] = 0.0f;
-  const T* ds = static_cast<const T*>(a.s);
-  const T* lora_a = static_cast<const T*>(a.factor);
-  if (!ds) return;
-  for (int r = warp; r < a.R; r += kWarps) {
-    const T* row = lora_a + int64_t(r) * a.w.K + k0;
-    float f[2][2], value[kTok][2];
-#pragma unroll
-    for (int tile = 0; tile < 2; ++tile)
-#pragma unroll
-      for (int e = 0; e < 2; ++e) f[tile][e] = to_acc(row[16 * tile + e]);
-#pragma unroll
-    for (int i = 0; i < kTok; ++i)
-#pragma unroll
-      for (int j = 0; j < 2; ++j) {
-        const int m = m0 + 8 * i + 2 * t + j;
-        value[i][j] = m < a.M ? to_acc(ds[int64_t(m) * a.R + r]) : 0.0f;
-      }
-#pragma unroll
-    for (int tile = 0; tile < 2; ++tile)
-#pragma unroll
-      for (int i = 0; i < kTok; ++i)
-#pragma unroll
-        for (int c = 0; c < 4; ++c) acc[tile][i][c] += value[i][c % 2] * f[tile][c / 2];
-  }
-}
-
-// Feeds the ring: the warp's items of a unit, then those of the next unit. Rows of the second strip
-// of an item are stored ^ 4: a matrix takes its 8 rows from both strips, which then lie in
-// different banks.
-template <bool kNested, int kDepth>
-struct Feeder {
-  uint32_t ring;      // this lane's place in slot 0
-  uint32_t scale_at;  // slot 0
+// ---- one chunk ahead of the products: where the warp is, copies of codes, loads of scales
+// Inside a slot: [half][strip][tile % 2][8 rows][16 bytes]; rows of the second strip are stored ^ 4,
+// so that a matrix, which takes its 8 rows from both, meets every bank once. A unit of one half lies
+// in half 0.
+template <bool kWide, bool kNested, int kSlot>
+struct Ahead {
+  int half, width;  // the unit begins at `half` and has 1 or 2
+  int item, items;  // the chunk; items: 0 in a warp without rows
+  // of this lane
+  uint32_t ring, to[2];  // its place in slot 0; of both strips
   const uint8_t* source;
-  int64_t item_stride;  // bytes between items
-  int left, unit, item, slot, strip_lane;
+  uint32_t stride;  // bytes between row strips
+  int strips;       // that it copies
+  const void* scale_at;
+  uint32_t flat;  // block of its first row, flat index
 
-  __device__ __forceinline__ void start_unit(const Args& a, int u, int first, int lane) {
-    unit = u;
-    item = first;
-    source = a.w.codes + (int64_t(2 * first + strip_lane) * a.w.strips_k + u / 2) * kStripBytes +
-             (u % 2) * 256 + (lane % 16) * 16;
+  __device__ __forceinline__ void count(const Args& a, int p_end, int lane) {
+    items = min(kChunk, p_end - item);
+    const bool is_mine = unsigned(lane / 16 - half % 2) < unsigned(width);
+    strips = is_mine ? min(2 * items, a.w.strips_n - 2 * item) : 0;
   }
-
-  __device__ __forceinline__ void issue(const Args& a, int p_begin, int p_end, int lane) {
-    if (left > 0) {
-      --left;
-      const bool is_strip = 2 * item + strip_lane < a.w.strips_n;
-      copy_async16(ring + slot, is_strip ? source : a.w.codes, is_strip ? 16 : 0);
-      const int n = item * kItem;
-      copy_scales<kNested, kItem / 4>(a, scale_at + slot, lane,
-                                      int64_t(unit * kUnit >> a.w.block_shift) * a.w.Np + n,
-                                      n + 4 * lane < a.w.Np);
-      source += item_stride;
-      if (++item == p_end) start_unit(a, unit + 1, p_begin, lane);
+  __device__ __forceinline__ void start_unit(const Args& a, int h, int h_end, int p_begin,
+                                             int p_end, int lane) {
+    half = h;
+    item = p_begin;
+    width = kWide && h % 2 == 0 && h + 1 < h_end && a.w.block_shift >= 6 ? 2 : 1;
+    source = a.w.codes + (int64_t(2 * item) * a.w.strips_k + half / 2) * kStripBytes + lane * 16;
+    to[0] = ring + (kWide ? (lane / 16 - half % 2) * 512 : 0) + lane / 8 % 2 * kTileBytes +
+            lane % 8 * 16;
+    to[1] = (to[0] ^ 64) + 256;
+    const int n = item * kItem + 4 * lane, block = half * kHalf >> a.w.block_shift;
+    const int64_t at = int64_t(block) * a.w.Np + n;
+    scale_at = static_cast<const uint8_t*>(a.w.scales) + (kNested ? at : 4 * at);
+    flat = uint32_t(n) * a.blocks_a_row + block;
+    count(a, p_end, lane);
+  }
+  __device__ __forceinline__ void step(const Args& a, int p_end, int lane) {
+    item += kChunk;
+    source += uint64_t(stride) * (2 * kChunk);
+    scale_at = static_cast<const uint8_t*>(scale_at) + kRows * (kNested ? 1 : 4);
+    flat += kRows * a.blocks_a_row;
+    count(a, p_end, lane);
+  }
+  __device__ __forceinline__ void copy(int i) const {
+#pragma unroll
+    for (int s = 0; s < 2; ++s) {
+      const uint8_t* from = source + uint64_t(stride) * uint32_t(2 * i + s);
+      if (2 * i + s < strips) copy_async16(to[s] + i * kSlot, from);
     }
     commit_copies();
-    slot = slot == (kDepth - 1) * slot_bytes(kNested) ? 0 : slot + slot_bytes(kNested);
   }
 };
 
-// dy * absmax of the item's rows as B fragments; returns what the sums must be multiplied by.
-template <class T, int kTok>
-__device__ __forceinline__ float fold_scales(float absmax, const uint4 (&dy)[kTok], int t,
-                                             uint32_t (&b)[kTok][4]) {
-  float restore = 1.0f;
-  if constexpr (std::is_same_v<T, fp16>) {  // the item's largest absmax into [0.5, 1)
-    const unsigned top = __reduce_max_sync(kAllLanes, __float_as_uint(absmax) & 0x7FFFFFFFu);
-    const int exponent = min(max(int(top >> 23), 1), 252);
-    absmax *= __int_as_float((253 - exponent) << 23);
-    restore = __int_as_float((exponent + 1) << 23);
+// Scales of rows 4L .. 4L + 3 of a chunk, in lane L.
+template <bool kNested>
+struct RowScales {
+  uint32_t codes;
+  float v[4];  // nested absmax, or absmax
+
+  __device__ __forceinline__ void clear() {
+    codes = 0;
+#pragma unroll
+    for (int e = 0; e < 4; ++e) v[e] = 0.0f;
   }
+  __device__ __forceinline__ void load(const Args& a, const void* at, uint32_t flat) {
+    if constexpr (kNested) {
+      codes = __ldg(static_cast<const uint32_t*>(at));
+      const float* nested = a.w.nested + 257;
 #pragma unroll
-  for (int i = 0; i < 4; ++i) {
-    const float scale0 = __shfl_sync(kAllLanes, absmax, 8 * t + 2 * i);
-    const float scale1 = __shfl_sync(kAllLanes, absmax, 8 * t + 2 * i + 1);
-#pragma unroll
-    for (int j = 0; j < kTok; ++j) {
-      const float2 v = unpack_pair<T>(word_of(dy[j], i));
-      b[j][i] = pack_pair<T>(v.x * scale0, v.y * scale1);
+      for (int e = 0; e < 4; ++e) v[e] = __ldg(nested + ((flat + e * a.blocks_a_row) >> 8));
+    } else {
+      const float4 s = __ldg(static_cast<const float4*>(at));
+      v[0] = s.x, v[1] = s.y, v[2] = s.z, v[3] = s.w;
     }
   }
-  return restore;
+  // absmax / gain; map and offset are times 1 / gain already. The second level is one FMA here: its
+  // last bit is far below 16-bit codes.
+  __device__ __forceinline__ void decode(const float* map, float offset, float inverse_gain,
+                                         float (&s)[4]) const {
+#pragma unroll
+    for (int e = 0; e < 4; ++e)
+      s[e] = kNested ? __fmaf_rn(map[codes >> (8 * e) & 255], v[e], offset) : v[e] * inverse_gain;
+  }
+};
+
+// float16: the largest absmax of an item (8 lanes) into [0.5, 1); returns what undoes it.
+__device__ __forceinline__ float normalise(float (&s)[4]) {
+  const float top = group_max<8>(
+      fmaxf(fmaxf(fabsf(s[0]), fabsf(s[1])), fmaxf(fabsf(s[2]), fabsf(s[3]))));
+  const int exponent = min(max(int(__float_as_uint(top) >> 23), 1), 252);
+#pragma unroll
+  for (int e = 0; e < 4; ++e) s[e] *= __int_as_float((253 - exponent) << 23);
+  return __int_as_float((exponent + 1) << 23);
 }
 
-template <class T, int kTok, int kDepth, bool kNested>
+// ---- dy
+// M <= 4: rows of the lane as of RowScales, of every token.
+template <class T, int kTokens>
+struct RowGrads {
+  uint2 v[kTokens];
+
+  __device__ __forceinline__ void clear() {
+#pragma unroll
+    for (int m = 0; m < kTokens; ++m) v[m] = make_uint2(0, 0);
+  }
+  __device__ __forceinline__ void load(const T* at, int N, int tokens) {
+#pragma unroll
+    for (int m = 0; m < kTokens; ++m) {
+      if (m >= tokens) break;
+      v[m] = __ldg(reinterpret_cast<const uint2*>(at + m * N));
+    }
+  }
+  __device__ __forceinline__ uint2 folded(int m, const float (&s)[4]) const {
+    const float2 low = unpack_pair<T>(v[m].x), high = unpack_pair<T>(v[m].y);
+    return make_uint2(pack_pair<T>(low.x * s[0], low.y * s[1]),
+                      pack_pair<T>(high.x * s[2], high.y * s[3]));
+  }
+};
+
+// More tokens: 8 kTok of them, 32 rows; lane (g, t) holds rows 8t .. 8t + 7 of tokens g and g + 8.
+template <class T, int kTok>
+struct ItemGrads {
+  uint4 v[kTok];
+  const T* row[kTok];
+  int limit[kTok];  // N, or 0 for a token past M
+
+  __device__ __forceinline__ void start(const Args& a, int m0, int g, int t) {
+#pragma unroll
+    for (int j = 0; j < kTok; ++j) {
+      const int m = m0 + 8 * j + g;
+      limit[j] = m < a.M ? int(a.w.N) - 8 * t : 0;
+      row[j] = static_cast<const T*>(a.dy) + int64_t(min(m, a.M - 1)) * a.w.N + 8 * t;
+    }
+  }
+  // N is a multiple of 8, so a piece lies inside or outside as a whole.
+  __device__ __forceinline__ void load(int n) {
+#pragma unroll
+    for (int j = 0; j < kTok; ++j) {
+      v[j] = make_uint4(0, 0, 0, 0);
+      if (n < limit[j]) v[j] = __ldg(reinterpret_cast<const uint4*>(row[j] + n));
+    }
+  }
+};
+
+__device__ __forceinline__ uint32_t word_of(const uint4& v, int i) {
+  return i == 0 ? v.x : i == 1 ? v.y : i == 2 ? v.z : v.w;
+}
+
+template <int kByte>
+__device__ __forceinline__ uint32_t look_up(const unsigned char* shared, uint32_t word,
+                                            uint32_t lane4) {
+  return *reinterpret_cast<const uint32_t*>(shared +
+                                            __byte_perm(word, lane4, 0x7604 | (kByte << 4)));
+}
+
+// 32 rows x 32 columns. q: words (tile 0, rows 8t ..), (tile 1, same), (tile 0, rows 8t + 4 ..),
+// (tile 1, same). b: folded dy, M <= 4: a register a row; else a register two rows.
+template <class T, int kTok, bool kPairs>
+__device__ __forceinline__ void add_half(const unsigned char* shared, const uint4& q,
+                                         uint32_t lane4, const uint32_t (&b)[kTok][kPairs ? 8 : 4],
+                                         float (&acc)[2][kTok][4]) {
+#pragma unroll
+  for (int step = 0; step < 2; ++step) {
+    uint32_t w[2] = {word_of(q, 2 * step), word_of(q, 2 * step + 1)};
+    uint32_t f[2][4];
+#pragma unroll
+    for (int tile = 0; tile < 2; ++tile) {
+      if constexpr (!kPairs) w[tile] = transpose_units(w[tile]);
+      f[tile][0] = look_up<0>(shared, w[tile], lane4);
+      f[tile][1] = look_up<1>(shared, w[tile], lane4);
+      f[tile][2] = look_up<2>(shared, w[tile], lane4);
+      f[tile][3] = look_up<3>(shared, w[tile], lane4);
+    }
+    if constexpr (kPairs) {  // rows of both tiles; acc: two chains
+#pragma unroll
+      for (int e = 0; e < 2; ++e) {
+        const uint32_t both[4] = {f[0][2 * e], f[1][2 * e], f[0][2 * e + 1], f[1][2 * e + 1]};
+        mma_16x8x16<T>(acc[e][0], both, b[0][4 * step + 2 * e], b[0][4 * step + 2 * e + 1]);
+      }
+    } else {
+#pragma unroll
+      for (int tile = 0; tile < 2; ++tile)
+#pragma unroll
+        for (int j = 0; j < kTok; ++j)
+          mma_16x8x16<T>(acc[tile][j], f[tile], b[j][2 * step], b[j][2 * step + 1]);
+    }
+  }
+}
+
+// One rank of ds A for the lane's outputs: columns pair by pair, tokens as the accumulators have
+// them. Loaded early, added late.
+template <class T, int kTok, bool kPairs, int kHalves>
+struct LoraTerm {
+  uint32_t factor[kHalves][2];
+  T ds[kPairs ? 1 : 2 * kTok];
+
+  __device__ __forceinline__ void load(const Args& a, int rank, int column, int width, int m0,
+                                       int t) {
+    const T* at = static_cast<const T*>(a.lora_a) + int64_t(rank) * a.w.K + column;
+#pragma unroll
+    for (int h = 0; h < kHalves; ++h)
+#pragma unroll
+      for (int tile = 0; tile < 2; ++tile)
+        factor[h][tile] = h < width ? __ldg(reinterpret_cast<const uint32_t*>(
+                                          at + h * kHalf + tile * 16))
+                                    : 0;
+#pragma unroll
+    for (int i = 0; i < (kPairs ? 1 : 2 * kTok); ++i) {
+      const int m = m0 + (kPairs ? t : 8 * (i / 2) + 2 * t + i % 2);
+      ds[i] = from_acc<T>(0.0f);
+      if (m < a.M) ds[i] = static_cast<const T*>(a.ds)[int64_t(m) * a.R + rank];
+    }
+  }
+  __device__ __forceinline__ void add(float (&acc)[kHalves][2][kTok][4]) const {
+#pragma unroll
+    for (int h = 0; h < kHalves; ++h)
+#pragma unroll
+      for (int tile = 0; tile < 2; ++tile) {
+        const float2 f = unpack_pair<T>(factor[h][tile]);
+        if constexpr (kPairs) {
+          acc[h][0][0][2 * tile] += to_acc(ds[0]) * f.x;
+          acc[h][0][0][2 * tile + 1] += to_acc(ds[0]) * f.y;
+        } else {
+#pragma unroll
+          for (int i = 0; i < 2 * kTok; ++i) {
+            acc[h][tile][i / 2][i % 2] += to_acc(ds[i]) * f.x;
+            acc[h][tile][i / 2][2 + i % 2] += to_acc(ds[i]) * f.y;
+          }
+        }
+      }
+  }
+};
+
+template <class T, int kTokens, bool kWide, bool kNested>
 __global__ void __launch_bounds__(kThreads, 1)
     qlinear_dgrad_skinny_kernel(const __grid_constant__ Args a) {
   extern __shared__ __align__(1024) unsigned char shared[];
-  constexpr int kTokens = 8 * kTok, kSlot = slot_bytes(kNested);
-  constexpr bool kNormalise = std::is_same_v<T, fp16>;
-  const PackedWeight& w = a.w;
-  const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, g = lane / 4, t = lane % 4;
-  const uint32_t lane4 = lane * 4;
-  const int units = int(w.K / kUnit), items = (w.strips_n + 1) / 2;
-  const int u_begin = share(blockIdx.x, gridDim.x, units),
-            u_end = share(blockIdx.x + 1, gridDim.x, units);
-  const int p_begin = share(warp, kWarps, items), p_end = share(warp + 1, kWarps, items);
-  const int m0 = blockIdx.y * kTokens;
+  using L = Layout<kTokens, kWide>;
+  constexpr bool kPairs = kTokens == 4, kNormalise = std::is_same_v<T, fp16>;
+  constexpr int kHalves = L::kHalves, kSlot = L::kSlot, kTok = kPairs ? 1 : kTokens / 8;
+  const int lane = threadIdx.x % 32, g = lane / 4, t = lane % 4;
+  const int warp = __shfl_sync(kAllLanes, threadIdx.x / 32, 0);  // uniform, and known to be
+  const int cluster = kWide ? 1 << a.cluster_shift : 1;
+  const int rank = kWide ? blockIdx.x & (cluster - 1) : 0;
+  const int group = kWide ? blockIdx.x >> a.cluster_shift : blockIdx.x;
+  const int part = rank * kWarps + warp, N = int(a.w.N);
+  const int h_begin = a.halves.begin(group), h_end = a.halves.begin(group + 1);
+  const int p_begin = a.items.begin(part), p_end = a.items.begin(part + 1);
+  const int m0 = blockIdx.y * kTokens, tokens = min(kTokens, a.M - m0);
   const int column_pair = 2 * pair_order(g);
 
-  unsigned char* ring = shared + kRingAt + warp * kDepth * kSlot;
-  Feeder<kNested, kDepth> feeder;
-  feeder.strip_lane = lane / 16;
-  feeder.scale_at = shared_address(ring);
-  feeder.ring = keep(feeder.scale_at + lane / 16 * 256 + (lane / 8 % 2) * kTileBytes +
-                     ((lane % 8) ^ (lane / 16 * 4)) * 16);
-  feeder.left = (p_end - p_begin) * (u_end - u_begin);
-  feeder.slot = 0;
-  feeder.item_stride = int64_t(2 * w.strips_k) * kStripBytes;
-  feeder.start_unit(a, u_begin, p_begin, lane);
+  // Everything that no kernel of the same step writes: codes, scales, tables.
+  Ahead<kWide, kNested, kSlot> next;
+  next.ring = shared_address(shared + kRingAt + warp * kChunk * kSlot);
+  next.stride = uint32_t(a.w.strips_k) * kStripBytes;
+  next.start_unit(a, h_begin, h_end, p_begin, p_end, lane);
 #pragma unroll
-  for (int i = 0; i < kDepth; ++i) feeder.issue(a, p_begin, p_end, lane);
-  // Row i of a matrix of step st is pair 4 (i/2) + 2 st + i%2 of the item's 16: lane t then needs
-  // rows 8t + 4 st .. + 3 of W, that is words 2 st and 2 st + 1 of its piece of dy.
-  const int matrix_pair = 4 * (lane % 8 / 2) + 2 * (lane / 16) + lane % 2;
-  const uint32_t read_at =
-      keep(feeder.scale_at + (matrix_pair / 8) * 256 + (lane / 8 % 2) * kTileBytes +
-           (pair_place(matrix_pair % 8) ^ (matrix_pair / 8 * 4)) * 16);
-
-  GradFragment<T, kTok> dy;
-  dy.start(a, m0, g, t);
-  float nested = 0.0f;
-  const int N = int(w.N);
-  const auto load_ahead = [&](int unit, int item) {
-    dy.load(item * kItem, item * kItem + 8 * t < N);
-    if constexpr (kNested) {
-      const int n = min(item * kItem + lane, N - 1);
-      nested =
-          __ldg(w.nested + 257 + ((n * a.blocks_a_row + (unit * kUnit >> w.block_shift)) >> 8));
+  for (int i = 0; i < kChunk; ++i) next.copy(i);
+  // N is a multiple of 8: the lane's four rows exist or not together.
+  const auto has_rows = [&] { return next.item * kItem + 4 * lane < N; };
+  RowScales<kNested> scales;
+  scales.clear();
+  if (has_rows()) scales.load(a, next.scale_at, next.flat);
+  float* map = reinterpret_cast<float*>(shared + kTableBytes);
+  float offset = 0.0f;
+  if constexpr (kNested) {
+    if (threadIdx.x < 256) map[threadIdx.x] = __ldg(a.w.nested + 1 + threadIdx.x) * a.inverse_gain;
+    offset = __ldg(a.w.nested) * a.inverse_gain;
+  }
+  skinny::fill_pairs<T>(shared, a.book);
+  const uint32_t bells = shared_address(shared + L::kBellAt);
+  if (kWide && cluster > 1) {
+    if (threadIdx.x == 0) {
+      mail_init(bells);
+      mail_init(bells + 8);
     }
-  };
-  if (p_begin < p_end) load_ahead(u_begin, p_begin);
-  fill_pairs<T>(shared, a.book);
-  Scales<kNested> scales;
-  scales.fill(a, shared);
-  float acc[2][kTok][4];  // two tiles of 16 columns
-  start_sums<T, kTok>(a, u_begin * kUnit + column_pair, m0, t, warp, acc);
+    cluster_arrive();  // met before the first mail
+  }
+  launch_dependents();
+  wait_for_predecessor();
+
+  RowGrads<T, kPairs ? kTokens : 1> row_grads;
+  ItemGrads<T, kTok> item_grads;
+  const T* row_grad = static_cast<const T*>(a.dy) + int64_t(m0) * N + 4 * lane;
+  if constexpr (kPairs) {
+    row_grads.clear();
+    if (has_rows()) row_grads.load(row_grad + next.item * kItem, N, tokens);
+  } else {
+    item_grads.start(a, m0, g, t);
+    item_grads.load(next.item * kItem);
+  }
+  LoraTerm<T, kTok, kPairs, kHalves> lora;
+  const bool has_rank = a.ds && part < a.R;
+  if (has_rank) lora.load(a, part, next.half * kHalf + column_pair, next.width, m0, t);
+
+  // Row i of a matrix of step st is pair 4 (i/2) + 2 st + i%2 of the item's 16: lane t then has rows
+  // 8t + 4 st .. + 3 of W in word (tile, st).
+  const int matrix_pair = 4 * (lane % 8 / 2) + 2 * (lane / 16) + lane % 2;
+  const uint32_t read_at = keep(next.ring + matrix_pair / 8 * 256 + lane / 8 % 2 * kTileBytes +
+                                (pair_place(matrix_pair % 8) ^ (matrix_pair / 8 * 4)) * 16);
+  const uint32_t lane4 = keep(lane * 4);
+  // Folded dy, or high and low scales: 2 bytes a row, 256 a token or part.
+  const uint32_t scratch_at = L::kScratchAt + warp * L::kScratchStride;
+  const uint32_t fold_to = keep(scratch_at + L::place(lane * 8));
+  const uint32_t fold_from =
+      keep(scratch_at + t * 16 + (kPairs ? L::place(256 * min(g / 2, tokens - 1)) : 0));
+  const uint32_t even = keep(g % 2 ? 0x1044 : 0x4410), odd = keep(g % 2 ? 0x3244 : 0x4432);
+
+  float acc[kHalves][2][kTok][4] = {};
   __syncthreads();
 
-  int slot = 0;
-  for (int unit = u_begin; unit < u_end; ++unit) {
-    for (int item = p_begin; item < p_end; ++item) {
-      wait_copies<kDepth - 1>();
-      __syncwarp();
-      const uint4 q = load_matrices_transposed(read_at + slot);
-      float absmax = scales.of(ring + slot, lane, nested);
-      slot = slot == (kDepth - 1) * kSlot ? 0 : slot + kSlot;
-      __syncwarp();
-      feeder.issue(a, p_begin, p_end, lane);
-      if (item * kItem + lane >= N) absmax = 0.0f;  // padding rows
-      uint32_t b[kTok][4];
-      const float restore = fold_scales<T, kTok>(absmax, dy.v, t, b);
-      const bool is_last = item + 1 == p_end;
-      const int next_unit = is_last ? unit + 1 : unit;
-      if (next_unit < u_end) load_ahead(next_unit, is_last ? p_begin : item + 1);
-      float c[2][kTok][4] = {};
+  for (int unit = 0;; ++unit) {
+    const int half = next.half, width = next.width;
+    do {
+      float s[4], restore = 1.0f;
+      scales.decode(map, offset, a.inverse_gain, s);
+      if constexpr (kNormalise) restore = normalise(s);
+      if constexpr (kPairs) {
 #pragma unroll
-      for (int step = 0; step < 2; ++step)
-#pragma unroll
-        for (int tile = 0; tile < 2; ++tile) {
-          uint32_t f[4];
-          lookup_fragment(shared, transpose_units(word_of(q, 2 * step + tile)), lane4, f);
-#pragma unroll
-          for (int j = 0; j < kTok; ++j)
-            mma_16x8x16<T>(kNormalise ? c[tile][j] : acc[tile][j], f, b[j][2 * step],
-                           b[j][2 * step + 1]);
+        for (int m = 0; m < kTokens; ++m) {
+          if (m >= tokens) break;
+          *reinterpret_cast<uint2*>(shared + fold_to + L::place(m * 256)) = row_grads.folded(m, s);
         }
-      if constexpr (kNormalise) {
+      } else {
+        const uint2 high = make_uint2(pack_pair<T>(s[0], s[1]), pack_pair<T>(s[2], s[3]));
+        const float2 h0 = unpack_pair<T>(high.x), h1 = unpack_pair<T>(high.y);
+        *reinterpret_cast<uint2*>(shared + fold_to) = high;
+        *reinterpret_cast<uint2*>(shared + fold_to + L::place(256)) =
+            make_uint2(pack_pair<T>(s[0] - h0.x, s[1] - h0.y),
+                       pack_pair<T>(s[2] - h1.x, s[3] - h1.y));
+      }
+      __syncwarp();
+
+      const int item = next.item, items = next.items;
+      if (item + kChunk < p_end)
+        next.step(a, p_end, lane);
+      else
+        next.start_unit(a, half + width, h_end, p_begin, p_end, lane);
+      if (next.half >= h_end) {
+        next.strips = 0;
+      } else if (has_rows()) {
+        scales.load(a, next.scale_at, next.flat);
+        if constexpr (kPairs) row_grads.load(row_grad + next.item * kItem, N, tokens);
+      } else {
+        scales.clear();
+        if constexpr (kPairs) row_grads.clear();
+      }
 #pragma unroll
-        for (int tile = 0; tile < 2; ++tile)
+      for (int i = 0; i < kChunk; ++i) {
+        if (i < items) {
+          uint32_t b[kTok][kPairs ? 8 : 4];
+          const unsigned char* from = shared + fold_from + L::place(i * 64);
+          const uint4 fold = *reinterpret_cast<const uint4*>(from);
+          if constexpr (kPairs) {
+#pragma unroll
+            for (int e = 0; e < 8; ++e)
+              b[0][e] = permute(word_of(fold, e / 2), e % 2 ? odd : even);
+          } else {
+            const uint4 low = *reinterpret_cast<const uint4*>(from + L::place(256));
+#pragma unroll
+            for (int j = 0; j < kTok; ++j)
+#pragma unroll
+              for (int e = 0; e < 4; ++e) {
+                const uint32_t dy = word_of(item_grads.v[j], e);
+                b[j][e] = fma_pair<T>(dy, word_of(fold, e), mul_pair<T>(dy, word_of(low, e)));
+              }
+            item_grads.load((i + 1 < items ? item + i + 1 : next.item) * kItem);
+          }
+          wait_copies<kChunk - 1>();
+          __syncwarp();
+          uint4 q[kHalves];
+#pragma unroll
+          for (int h = 0; h < kHalves; ++h)
+            q[h] = load_matrices_transposed(read_at + i * kSlot + h * 512);
+          const float restore_item = kNormalise ? __shfl_sync(kAllLanes, restore, 8 * i) : 1.0f;
+#pragma unroll
+          for (int h = 0; h < kHalves; ++h) {
+            if (h > 0 && width < 2) break;
+            if constexpr (kNormalise) {
+              float c[2][kTok][4] = {};
+              add_half<T, kTok, kPairs>(shared, q[h], lane4, b, c);
+#pragma unroll
+              for (int tile = 0; tile < 2; ++tile)
+#pragma unroll
+                for (int j = 0; j < kTok; ++j)
+#pragma unroll
+                  for (int e = 0; e < 4; ++e) acc[h][tile][j][e] += restore_item * c[tile][j][e];
+            } else {
+              add_half<T, kTok, kPairs>(shared, q[h], lane4, b, acc[h]);
+            }
+          }
+          __syncwarp();
+        }
+        next.copy(i);
+      }
+    } while (next.half == half);
+    const bool has_next = next.half < h_end;
+
+    // ---- the unit's sums: ranks of LoRA, then warps, then blocks
+    if (a.ds) {
+      if (has_rank) lora.add(acc);
+      for (int r = part + kWarps * cluster; r < a.R; r += kWarps * cluster) {
+        lora.load(a, r, half * kHalf + column_pair, width, m0, t);
+        lora.add(acc);
+      }
+      if (has_rank && has_next)
+        lora.load(a, part, next.half * kHalf + column_pair, next.width, m0, t);
+    }
+    const auto put = [&](int token, int column, float v0, float v1) {
+      *reinterpret_cast<float2*>(shared + scratch_at +
+                                 L::place((token * L::kColumns + column) * 4)) =
+          make_float2(v0, v1);
+    };
+#pragma unroll
+    for (int h = 0; h < kHalves; ++h)
+#pragma unroll
+      for (int tile = 0; tile < 2; ++tile) {
+        const int column = h * kHalf + tile * 16 + column_pair;
+        if constexpr (kPairs) {
+          put(t, column, acc[h][0][0][2 * tile] + acc[h][1][0][2 * tile],
+              acc[h][0][0][2 * tile + 1] + acc[h][1][0][2 * tile + 1]);
+        } else {
 #pragma unroll
           for (int j = 0; j < kTok; ++j)
 #pragma unroll
-            for (int e = 0; e < 4; ++e) acc[tile][j][e] += restore * c[tile][j][e];
+            for (int e = 0; e < 2; ++e)
+              put(8 * j + 2 * t + e, column, acc[h][tile][j][e], acc[h][tile][j][2 + e]);
+        }
       }
+    __syncthreads();
+    T* dx = static_cast<T*>(a.dx) + int64_t(m0) * a.w.K + half * kHalf;
+    // Every block finishes 1 / cluster of the unit's columns. Mail: [source rank][token][column].
+    const int own_shift = 4 + width - (kWide ? a.cluster_shift : 0), own = 1 << own_shift;
+    const uint32_t mail_at = L::kMailAt + unit % 2 * L::kMailBytes, bell = bells + unit % 2 * 8;
+    if (kWide && cluster > 1) {
+      if (unit == 0) cluster_wait();  // all blocks have begun
+      if (threadIdx.x == 0) mail_expect(bell, 4 * tokens * kHalf * width);
     }
 #pragma unroll
-    for (int tile = 0; tile < 2; ++tile)
-#pragma unroll
-      for (int j = 0; j < kTok; ++j)
-#pragma unroll
-        for (int e = 0; e < 2; ++e) {
-          const int f = (warp * kTokens + 8 * j + 2 * t + e) * kUnit + tile * 16 + column_pair;
-          *reinterpret_cast<float2*>(partial(shared, f)) =
-              make_float2(acc[tile][j][e], acc[tile][j][2 + e]);
-        }
-    const bool has_next = unit + 1 < u_end;
-    if (has_next) start_sums<T, kTok>(a, (unit + 1) * kUnit + column_pair, m0, t, warp, acc);
-    __syncthreads();
-    const int token = threadIdx.x / kUnit;
-    if (token < kTokens && m0 + token < a.M) {
+    for (int o = threadIdx.x; o < kTokens * L::kColumns; o += kThreads) {
+      const int token = o / L::kColumns, column = o % L::kColumns;
+      if (token >= tokens || column >= width * kHalf) continue;
       float sum = 0.0f;
 #pragma unroll
-      for (int part = 0; part < kWarps; ++part)
-        sum += *partial(shared, (part * kTokens + token) * kUnit + threadIdx.x % kUnit);
-      static_cast<T*>(a.out)[(m0 + token) * w.K + unit * kUnit + threadIdx.x % kUnit] =
-          from_acc<T>(sum);
+      for (int w = 0; w < kWarps; ++w)
+        sum += *reinterpret_cast<const float*>(shared + L::kScratchAt + w * L::kScratchStride +
+                                               L::place(o * 4));
+      if (!kWide || cluster == 1) {
+        dx[token * a.w.K + column] = from_acc<T>(sum);
+      } else {
+        const int at = ((rank * kTokens + token) << own_shift) + (column & (own - 1));
+        mail_send(shared_address(shared + mail_at) + 4 * at, bell, column >> own_shift, sum);
+      }
     }
-    if (has_next) __syncthreads();  // the partial sums are read
+    if (kWide && cluster > 1) {
+      const int token = threadIdx.x >> own_shift, column = threadIdx.x & (own - 1);
+      if (token < tokens) {
+        mail_wait(bell, unit / 2 % 2);
+        float sum = 0.0f;
+        for (int r = 0; r < cluster; ++r)
+          sum += reinterpret_cast<const float*>(
+              shared + mail_at)[((r * kTokens + token) << own_shift) + column];
+        dx[token * a.w.K + (rank << own_shift) + column] = from_acc<T>(sum);
+      }
+    }
+    if (!has_next) break;
+    __syncthreads();  // the partial sums are read
+#pragma unroll
+    for (int h = 0; h < kHalves; ++h)
+#pragma unroll
+      for (int tile = 0; tile < 2; ++tile)
+#pragma unroll
+        for (int j = 0; j < kTok; ++j)
+#pragma unroll
+          for (int e = 0; e < 4; ++e) acc[h][tile][j][e] = 0.0f;
   }
 }
 
-template <class T, int kTok>
-Kernel pick_ring(Variant v) {
-  if (v.is_nested)
-    return v.is_deep ? qlinear_dgrad_skinny_kernel<T, kTok, kDeep, true>
-                     : qlinear_dgrad_skinny_kernel<T, kTok, kShallowNested, true>;
-  return v.is_deep ? qlinear_dgrad_skinny_kernel<T, kTok, kDeep, false>
-                   : qlinear_dgrad_skinny_kernel<T, kTok, kShallow, false>;
+using Kernel = void (*)(Args);
+struct Choice {
+  Kernel kernel;
+  int shared_bytes;
+};
+
+template <class T, int kTokens, bool kWide>
+Choice choose_nested(bool is_nested) {
+  return {is_nested ? qlinear_dgrad_skinny_kernel<T, kTokens, kWide, true>
+                    : qlinear_dgrad_skinny_kernel<T, kTokens, kWide, false>,
+          Layout<kTokens, kWide>::kBytes};
+}
+template <class T, bool kWide>
+Choice choose_tokens(int64_t M, bool is_nested) {
+  return M <= 4   ? choose_nested<T, 4, kWide>(is_nested)
+         : M <= 8 ? choose_nested<T, 8, kWide>(is_nested)
+                  : choose_nested<T, 16, kWide>(is_nested);
+}
+template <class T>
+Choice choose(int64_t M, bool is_wide, bool is_nested) {
+  return is_wide ? choose_tokens<T, true>(M, is_nested) : choose_tokens<T, false>(M, is_nested);
 }
 
-Kernel pick(Variant v) {
-  if (v.is_bf16) return v.is_wide ? pick_ring<bf16, 2>(v) : pick_ring<bf16, 1>(v);
-  return v.is_wide ? pick_ring<fp16, 2>(v) : pick_ring<fp16, 1>(v);
+// Blocks a cluster and clusters: what finishes first by a model of the machine.
+struct Split {
+  int cluster_shift = 0, clusters = 1;
+};
+
+Split choose_split(int64_t halves, int64_t items, int64_t chunks, int sm_count, bool is_wide) {
+  Split best;
+  double best_cost = 1e30;
+  for (int shift = 0; shift <= (is_wide ? 3 : 0); ++shift) {
+    // Clusters of 4 and more do not fill every group of multiprocessors.
+    const int64_t resident =
+        std::max<int64_t>(1, (sm_count >> shift) * (shift > 1 ? 9 : 10) / 10);
+    const int64_t each = ceil_div(halves, resident), clusters = ceil_div(halves, each);
+    const int64_t waves = ceil_div(clusters * chunks, resident);
+    const int64_t deep = ceil_div<int64_t>(items, int64_t(kWarps) << shift);
+    const double cost =
+        double(waves) * (double(each * deep) * (is_wide && each > 1 ? 1.0 : 1.2) + (shift ? 6 : 4));
+    if (cost < best_cost) {
+      best_cost = cost;
+      best = {shift, int(clusters)};
+    }
+  }
+#ifdef DGRAD_EXPERIMENT
+  if (const char* e = getenv("DGRAD_SHIFT")) {
+    const int shift = atoi(e);
+    if (is_wide) {
+      const int64_t resident = std::max<int64_t>(1, (sm_count >> shift) * (shift > 1 ? 9 : 10) / 10);
+      const int64_t each = ceil_div(halves, resident);
+      best = {shift, int(ceil_div(halves, each))};
+    }
+  }
+#endif
+  return best;
 }
 
 }  // namespace
 
 bool skinny_fits(const QLinearDgradParams& p) {
-  return weight_fits(p.w, p.dtype) && p.w.N % 8 == 0 && is_aligned(p.dy, 16);
+  return skinny::weight_fits(p.w, p.dtype) && p.w.N % 8 == 0 && is_aligned(p.dy, 16) &&
+         is_aligned(p.lora_a, 4);
 }
 
 void qlinear_dgrad_skinny(const QLinearDgradParams& p) {
+  const char* const name = "qlinear_dgrad_skinny_kernel";
+  const DeviceFacts facts = device_facts();
+  const bool is_bf16 = p.dtype == DType::kBFloat16;
+  const bool is_wide = facts.arch >= 90 && facts.shared_bytes >= 227 * 1024;
+  const Choice choice = is_bf16 ? choose<bf16>(p.M, is_wide, p.w.nested != nullptr)
+                                : choose<fp16>(p.M, is_wide, p.w.nested != nullptr);
+  FASTPEFT_CHECK(facts.shared_bytes >= choice.shared_bytes, name, ": ", choice.shared_bytes,
+                 " bytes of shared memory a block are needed, the device has ", facts.shared_bytes);
+  const int64_t chunks = ceil_div<int64_t>(p.M, 16);
+  FASTPEFT_CHECK(chunks < 65536, name, ": ", p.M, " tokens in one launch");
+
+  // FP4's codes are exact in bf16 when multiplied by 12; float16 holds both codebooks well enough.
+  const float gain = !is_bf16 ? 1.0f : p.w.format == Format::kNf4 ? 1.43675f : 12.0f;
   Args a = {};
   a.w = packed_weight(p.w);
+  a.book = codebook(p.w.format, gain);
+  a.inverse_gain = 1.0f / gain;
+  a.blocks_a_row = int(p.w.K >> a.w.block_shift);
   a.M = int(p.M);
   a.R = int(p.R);
-  a.in = p.dy;
-  a.s = p.R > 0 ? p.ds : nullptr;
-  a.factor = p.lora_a;
-  a.out = p.dx;
-  launch(a, p.dtype, p.w.format, p.w.K / kUnit, p.stream, pick, "qlinear_dgrad_skinny_kernel");
+  const int64_t halves = p.w.K / kHalf, items = ceil_div(a.w.strips_n, 2);
+  const Split split = choose_split(halves, items, chunks, facts.sm_count, is_wide);
+  a.cluster_shift = split.cluster_shift;
+  a.halves = share_of(halves, split.clusters);
+  a.items = share_of(items, kWarps << split.cluster_shift);
+  a.dy = p.dy;
+  a.ds = p.R > 0 ? p.ds : nullptr;
+  a.lora_a = p.lora_a;
+  a.dx = p.dx;
+  allow_shared_memory(reinterpret_cast<const void*>(choice.kernel), choice.shared_bytes);
+  launch_kernel(choice.kernel, name,
+                dim3(unsigned(split.clusters << split.cluster_shift), unsigned(chunks)), kThreads,
+                choice.shared_bytes, p.stream, 1 << split.cluster_shift, a);
 }
 
 }  // namespace fastpeft::cuda
