@@ -24,6 +24,9 @@
 //
 // Bound: reading the codes, 30 clocks for 1024 weights and SM of an H200 (4.1 TB/s); shared memory
 // needs 27 (16 lookups, 4 to write codes, 4 to read them, 3 for folded dy). README.md has the rest.
+#include <algorithm>
+#include <cstring>
+
 #include "dependent_launch.cuh"
 #include "qlinear_skinny.cuh"
 
@@ -48,19 +51,23 @@ Share share_of(int64_t total, int parts) {
   return {int(total / parts), int(total % parts)};
 }
 
+// What the kernel reads first stands first: parameters arrive by lines of 64 bytes.
 struct Args {
-  PackedWeight w;
-  Codebook book;       // times gain
-  float inverse_gain;  // 1 / gain
+  const uint8_t* codes;  // PackedWeight
+  const void* scales;
+  const float* nested;
+  const void* dy;  // [M, N]
+  void* dx;        // [M, K]
+  int cluster_shift;  // log2(blocks of a cluster)
+  Share halves;       // over the clusters
+  Share items;        // over the warps of a cluster
+  int strips_n, strips_k, block_shift, N, Np, M, R;
   int blocks_a_row;    // K / blocksize
-  int M, R;
-  int cluster_shift;   // log2(blocks of a cluster)
-  Share halves;        // over the clusters
-  Share items;         // over the warps of a cluster
-  const void* dy;      // [M, N]
+  float inverse_gain;  // 1 / gain
   const void* ds;      // [M, R] or null
   const void* lora_a;  // [R, K] or null
-  void* dx;            // [M, K]
+  int64_t K;
+  uint16_t book[16];  // codes times gain, in the activations' type
 };
 
 // Shared memory of a variant. kWide: whole strips, for devices with 227 KB a block and clusters;
@@ -68,19 +75,22 @@ struct Args {
 // the entries of the table.
 template <int kTokens, bool kWide>
 struct Layout {
-  static constexpr int kHalves = kWide ? 2 : 1, kColumns = kHalf * kHalves;
+  static constexpr int kHalves = kWide ? 2 : 1;
   static constexpr int kSlot = 512 * kHalves;  // an item
+  static constexpr int kPuts = kTokens / 2 * kHalves;  // pairs of sums of a lane and unit
+  // Of a warp: folded dy or scales, and the sums of a unit, where there is room twice.
   static constexpr int kFoldBytes = kTokens == 4 ? 8 * kRows : 4 * kRows;
-  static constexpr int kPartialBytes = 4 * kTokens * kColumns;
-  static constexpr int kScratchBytes = kFoldBytes > kPartialBytes ? kFoldBytes : kPartialBytes;
+  static constexpr int kSumBytes = 8 * 32 * kPuts;
+  static constexpr int kBuffers = kWide && kTokens < 16 ? 2 : 1;
+  static constexpr int kScratchBytes = kFoldBytes + kBuffers * kSumBytes;
   static constexpr int kScratchAt = kWide ? kRingAt + kWarps * kChunk * kSlot : 128;
   static constexpr int kScratchStride = kWide ? kScratchBytes : 16 * kEntry;  // between warps
-  static constexpr int kMailAt = kScratchAt + kWarps * kScratchBytes;         // kWide
-  static constexpr int kMailBytes = 4 * kTokens * kColumns;  // of one unit; two are kept
-  static constexpr int kBellAt = kMailAt + 2 * kMailBytes;   // two barriers
+  static constexpr int kSumsIn = kWide ? kFoldBytes : 0;  // narrow: over the folded dy
+  static constexpr int kMailAt = kScratchAt + kWarps * kScratchBytes;  // kWide: of two units
+  static constexpr int kBellAt = kMailAt + 2 * kSumBytes;              // two barriers
   static constexpr int kBytes = kWide ? kBellAt + 16 : kRingAt + kWarps * kChunk * kSlot;
   static_assert(kWide ? kBytes <= 227 * 1024 : kBytes <= 99 * 1024, "shared memory");
-  static_assert(kWide || kScratchBytes <= 16 * 128, "the holes of 16 entries a warp");
+  static_assert(kWide || (kFoldBytes <= 2048 && kSumBytes <= 2048), "the holes of 16 entries");
 
   static __device__ __forceinline__ constexpr int place(int byte) {
     return kWide ? byte : byte / 128 * kEntry + byte % 128;
@@ -124,14 +134,14 @@ __device__ __forceinline__ void mail_wait(uint32_t bar, uint32_t parity) {
       : "memory");
 #endif
 }
-__device__ __forceinline__ void mail_send(uint32_t to, uint32_t bar, int rank, float v) {
+__device__ __forceinline__ void mail_send(uint32_t to, uint32_t bell, int rank, float2 v) {
 #if __CUDA_ARCH__ >= 900
   asm volatile(
-      "{\n.reg .b32 there, bell;\nmapa.shared::cluster.u32 there, %0, %2;\n"
-      "mapa.shared::cluster.u32 bell, %1, %2;\n"
-      "st.async.weak.shared::cluster.mbarrier::complete_tx::bytes.f32 [there], %3, [bell];\n}\n" ::
+      "{\n.reg .b32 there, bell;\n.reg .b64 both;\nmapa.shared::cluster.u32 there, %0, %2;\n"
+      "mapa.shared::cluster.u32 bell, %1, %2;\nmov.b64 both, {%3, %4};\n"
+      "st.async.weak.shared::cluster.mbarrier::complete_tx::bytes.b64 [there], both, [bell];\n}\n" ::
           "r"(to),
-      "r"(bar), "r"(rank), "f"(v)
+      "r"(bell), "r"(rank), "f"(v.x), "f"(v.y)
       : "memory");
 #endif
 }
@@ -167,7 +177,7 @@ __device__ __forceinline__ uint32_t transpose_units(uint32_t w) {
 // Inside a slot: [half][strip][tile % 2][8 rows][16 bytes]; rows of the second strip are stored ^ 4,
 // so that a matrix, which takes its 8 rows from both, meets every bank once. A unit of one half lies
 // in half 0.
-template <bool kWide, bool kNested, int kSlot>
+template <bool kWide, int kSlot>
 struct Ahead {
   int half, width;  // the unit begins at `half` and has 1 or 2
   int item, items;  // the chunk; items: 0 in a warp without rows
@@ -175,66 +185,58 @@ struct Ahead {
   uint32_t ring, to[2];  // its place in slot 0; of both strips
   const uint8_t* source;
   uint32_t stride;  // bytes between row strips
-  int strips;       // that it copies
-  const void* scale_at;
-  uint32_t flat;  // block of its first row, flat index
+  int strips;       // that it still copies
+  int most;         // a chunk: 8, or 0 where its half of the strips is not of the unit
 
-  __device__ __forceinline__ void count(const Args& a, int p_end, int lane) {
+  __device__ __forceinline__ void count(const Args& a, int p_end) {
     items = min(kChunk, p_end - item);
-    const bool is_mine = unsigned(lane / 16 - half % 2) < unsigned(width);
-    strips = is_mine ? min(2 * items, a.w.strips_n - 2 * item) : 0;
+    strips = min(min(2 * items, a.strips_n - 2 * item), most);
   }
   __device__ __forceinline__ void start_unit(const Args& a, int h, int h_end, int p_begin,
                                              int p_end, int lane) {
     half = h;
     item = p_begin;
-    width = kWide && h % 2 == 0 && h + 1 < h_end && a.w.block_shift >= 6 ? 2 : 1;
-    source = a.w.codes + (int64_t(2 * item) * a.w.strips_k + half / 2) * kStripBytes + lane * 16;
+    width = kWide && h % 2 == 0 && h + 1 < h_end && a.block_shift >= 6 ? 2 : 1;
+    most = unsigned(lane / 16 - half % 2) < unsigned(width) ? 2 * kChunk : 0;
+    source = a.codes + (int64_t(2 * item) * a.strips_k + half / 2) * kStripBytes + lane * 16;
     to[0] = ring + (kWide ? (lane / 16 - half % 2) * 512 : 0) + lane / 8 % 2 * kTileBytes +
             lane % 8 * 16;
     to[1] = (to[0] ^ 64) + 256;
-    const int n = item * kItem + 4 * lane, block = half * kHalf >> a.w.block_shift;
-    const int64_t at = int64_t(block) * a.w.Np + n;
-    scale_at = static_cast<const uint8_t*>(a.w.scales) + (kNested ? at : 4 * at);
-    flat = uint32_t(n) * a.blocks_a_row + block;
-    count(a, p_end, lane);
+    count(a, p_end);
   }
-  __device__ __forceinline__ void step(const Args& a, int p_end, int lane) {
+  __device__ __forceinline__ void step(const Args& a, int p_end) {
     item += kChunk;
-    source += uint64_t(stride) * (2 * kChunk);
-    scale_at = static_cast<const uint8_t*>(scale_at) + kRows * (kNested ? 1 : 4);
-    flat += kRows * a.blocks_a_row;
-    count(a, p_end, lane);
+    count(a, p_end);
   }
-  __device__ __forceinline__ void copy(int i) const {
-#pragma unroll
-    for (int s = 0; s < 2; ++s) {
-      const uint8_t* from = source + uint64_t(stride) * uint32_t(2 * i + s);
-      if (2 * i + s < strips) copy_async16(to[s] + i * kSlot, from);
-    }
+  // The next item of the chunk, into slot i; past its end nothing.
+  __device__ __forceinline__ void copy(int i) {
+    const uint8_t* second = source + stride;
+    if (strips > 0) copy_async16(to[0] + i * kSlot, source);
+    if (strips > 1) copy_async16(to[1] + i * kSlot, second);
+    source = second + stride;
+    strips -= 2;
     commit_copies();
   }
 };
 
-// Scales of rows 4L .. 4L + 3 of a chunk, in lane L.
+// Scales of rows 4L .. 4L + 3 of a chunk, in lane L; `n`: the first of them.
 template <bool kNested>
 struct RowScales {
   uint32_t codes;
   float v[4];  // nested absmax, or absmax
 
-  __device__ __forceinline__ void clear() {
-    codes = 0;
-#pragma unroll
-    for (int e = 0; e < 4; ++e) v[e] = 0.0f;
-  }
-  __device__ __forceinline__ void load(const Args& a, const void* at, uint32_t flat) {
+  __device__ __forceinline__ void load(const Args& a, int half, int n) {
+    const uint32_t block = half * kHalf >> a.block_shift;
+    const uint32_t at = block * a.Np + n;  // scales_fit() keeps it below 2^32
     if constexpr (kNested) {
-      codes = __ldg(static_cast<const uint32_t*>(at));
-      const float* nested = a.w.nested + 257;
+      codes = __ldg(reinterpret_cast<const uint32_t*>(static_cast<const uint8_t*>(a.scales) + at));
+      const float* nested = a.nested + 257;
+      const uint32_t flat = uint32_t(n) * a.blocks_a_row + block;
 #pragma unroll
       for (int e = 0; e < 4; ++e) v[e] = __ldg(nested + ((flat + e * a.blocks_a_row) >> 8));
     } else {
-      const float4 s = __ldg(static_cast<const float4*>(at));
+      const float4 s =
+          __ldg(reinterpret_cast<const float4*>(static_cast<const float*>(a.scales) + at));
       v[0] = s.x, v[1] = s.y, v[2] = s.z, v[3] = s.w;
     }
   }
@@ -283,27 +285,24 @@ struct RowGrads {
 };
 
 // More tokens: 8 kTok of them, 32 rows; lane (g, t) holds rows 8t .. 8t + 7 of tokens g and g + 8.
+// A token past M reads the last one's: its column of the sums is its own.
 template <class T, int kTok>
 struct ItemGrads {
   uint4 v[kTok];
   const T* row[kTok];
-  int limit[kTok];  // N, or 0 for a token past M
 
-  __device__ __forceinline__ void start(const Args& a, int m0, int g, int t) {
+  __device__ __forceinline__ void start(const Args& a, int m0, int g) {
 #pragma unroll
-    for (int j = 0; j < kTok; ++j) {
-      const int m = m0 + 8 * j + g;
-      limit[j] = m < a.M ? int(a.w.N) - 8 * t : 0;
-      row[j] = static_cast<const T*>(a.dy) + int64_t(min(m, a.M - 1)) * a.w.N + 8 * t;
-    }
+    for (int j = 0; j < kTok; ++j)
+      row[j] = static_cast<const T*>(a.dy) + int64_t(min(m0 + 8 * j + g, a.M - 1)) * a.N;
   }
-  // N is a multiple of 8, so a piece lies inside or outside as a whole.
   __device__ __forceinline__ void load(int n) {
 #pragma unroll
-    for (int j = 0; j < kTok; ++j) {
-      v[j] = make_uint4(0, 0, 0, 0);
-      if (n < limit[j]) v[j] = __ldg(reinterpret_cast<const uint4*>(row[j] + n));
-    }
+    for (int j = 0; j < kTok; ++j) v[j] = __ldg(reinterpret_cast<const uint4*>(row[j] + n));
+  }
+  __device__ __forceinline__ void clear() {
+#pragma unroll
+    for (int j = 0; j < kTok; ++j) v[j] = make_uint4(0, 0, 0, 0);
   }
 };
 
@@ -318,37 +317,50 @@ __device__ __forceinline__ uint32_t look_up(const unsigned char* shared, uint32_
                                             __byte_perm(word, lane4, 0x7604 | (kByte << 4)));
 }
 
-// 32 rows x 32 columns. q: words (tile 0, rows 8t ..), (tile 1, same), (tile 0, rows 8t + 4 ..),
-// (tile 1, same). b: folded dy, M <= 4: a register a row; else a register two rows.
+// The table: byte -> pair of 16-bit values, a copy a lane. Two threads an entry, 64 bytes each; pieces
+// rotated by entry so that the stores spread over banks.
+__device__ __forceinline__ void fill_table(unsigned char* shared, const Args& a) {
+  const int entry = threadIdx.x / 2;
+  const uint32_t pair = a.book[entry % 16] | uint32_t(a.book[entry / 16]) << 16;
+#pragma unroll
+  for (int q = 0; q < 4; ++q)
+    *reinterpret_cast<uint4*>(shared + entry * kEntry + threadIdx.x % 2 * 64 +
+                              (q + entry) % 4 * 16) = make_uint4(pair, pair, pair, pair);
+}
+
+// Half of an item: 16 rows (8t + 4 step .. + 3 of lane t) x 32 columns. q: words (tile 0, step 0),
+// (tile 1, step 0), (tile 0, step 1), (tile 1, step 1).
+template <bool kPairs>
+__device__ __forceinline__ void look_up_step(const unsigned char* shared, const uint4& q, int step,
+                                             uint32_t lane4, uint32_t (&f)[2][4]) {
+#pragma unroll
+  for (int tile = 0; tile < 2; ++tile) {
+    uint32_t w = word_of(q, 2 * step + tile);
+    if constexpr (!kPairs) w = transpose_units(w);
+    f[tile][0] = look_up<0>(shared, w, lane4);
+    f[tile][1] = look_up<1>(shared, w, lane4);
+    f[tile][2] = look_up<2>(shared, w, lane4);
+    f[tile][3] = look_up<3>(shared, w, lane4);
+  }
+}
+
+// b: folded dy, M <= 4: a register a row; else a register two rows.
 template <class T, int kTok, bool kPairs>
-__device__ __forceinline__ void add_half(const unsigned char* shared, const uint4& q,
-                                         uint32_t lane4, const uint32_t (&b)[kTok][kPairs ? 8 : 4],
+__device__ __forceinline__ void add_step(const uint32_t (&f)[2][4], int step,
+                                         const uint32_t (&b)[kTok][kPairs ? 8 : 4],
                                          float (&acc)[2][kTok][4]) {
+  if constexpr (kPairs) {  // rows of both tiles; acc: two chains
 #pragma unroll
-  for (int step = 0; step < 2; ++step) {
-    uint32_t w[2] = {word_of(q, 2 * step), word_of(q, 2 * step + 1)};
-    uint32_t f[2][4];
-#pragma unroll
-    for (int tile = 0; tile < 2; ++tile) {
-      if constexpr (!kPairs) w[tile] = transpose_units(w[tile]);
-      f[tile][0] = look_up<0>(shared, w[tile], lane4);
-      f[tile][1] = look_up<1>(shared, w[tile], lane4);
-      f[tile][2] = look_up<2>(shared, w[tile], lane4);
-      f[tile][3] = look_up<3>(shared, w[tile], lane4);
+    for (int e = 0; e < 2; ++e) {
+      const uint32_t both[4] = {f[0][2 * e], f[1][2 * e], f[0][2 * e + 1], f[1][2 * e + 1]};
+      mma_16x8x16<T>(acc[e][0], both, b[0][4 * step + 2 * e], b[0][4 * step + 2 * e + 1]);
     }
-    if constexpr (kPairs) {  // rows of both tiles; acc: two chains
+  } else {
 #pragma unroll
-      for (int e = 0; e < 2; ++e) {
-        const uint32_t both[4] = {f[0][2 * e], f[1][2 * e], f[0][2 * e + 1], f[1][2 * e + 1]};
-        mma_16x8x16<T>(acc[e][0], both, b[0][4 * step + 2 * e], b[0][4 * step + 2 * e + 1]);
-      }
-    } else {
+    for (int tile = 0; tile < 2; ++tile)
 #pragma unroll
-      for (int tile = 0; tile < 2; ++tile)
-#pragma unroll
-        for (int j = 0; j < kTok; ++j)
-          mma_16x8x16<T>(acc[tile][j], f[tile], b[j][2 * step], b[j][2 * step + 1]);
-    }
+      for (int j = 0; j < kTok; ++j)
+        mma_16x8x16<T>(acc[tile][j], f[tile], b[j][2 * step], b[j][2 * step + 1]);
   }
 }
 
@@ -361,7 +373,7 @@ struct LoraTerm {
 
   __device__ __forceinline__ void load(const Args& a, int rank, int column, int width, int m0,
                                        int t) {
-    const T* at = static_cast<const T*>(a.lora_a) + int64_t(rank) * a.w.K + column;
+    const T* at = static_cast<const T*>(a.lora_a) + int64_t(rank) * a.K + column;
 #pragma unroll
     for (int h = 0; h < kHalves; ++h)
 #pragma unroll
@@ -405,34 +417,52 @@ __global__ void __launch_bounds__(kThreads, 1)
   constexpr int kHalves = L::kHalves, kSlot = L::kSlot, kTok = kPairs ? 1 : kTokens / 8;
   const int lane = threadIdx.x % 32, g = lane / 4, t = lane % 4;
   const int warp = __shfl_sync(kAllLanes, threadIdx.x / 32, 0);  // uniform, and known to be
-  const int cluster = kWide ? 1 << a.cluster_shift : 1;
-  const int rank = kWide ? blockIdx.x & (cluster - 1) : 0;
-  const int group = kWide ? blockIdx.x >> a.cluster_shift : blockIdx.x;
-  const int part = rank * kWarps + warp, N = int(a.w.N);
+  const int cluster_shift = kWide ? a.cluster_shift : 0, cluster = 1 << cluster_shift;
+  const int rank = blockIdx.x & (cluster - 1), group = blockIdx.x >> cluster_shift;
+  const int part = rank * kWarps + warp, N = a.N;
   const int h_begin = a.halves.begin(group), h_end = a.halves.begin(group + 1);
   const int p_begin = a.items.begin(part), p_end = a.items.begin(part + 1);
   const int m0 = blockIdx.y * kTokens, tokens = min(kTokens, a.M - m0);
   const int column_pair = 2 * pair_order(g);
 
-  // Everything that no kernel of the same step writes: codes, scales, tables.
-  Ahead<kWide, kNested, kSlot> next;
+  // Loads that no kernel of the same step writes: codes, scales, tables.
+  Ahead<kWide, kSlot> next;
   next.ring = shared_address(shared + kRingAt + warp * kChunk * kSlot);
-  next.stride = uint32_t(a.w.strips_k) * kStripBytes;
+  next.stride = uint32_t(a.strips_k) * kStripBytes;
   next.start_unit(a, h_begin, h_end, p_begin, p_end, lane);
 #pragma unroll
   for (int i = 0; i < kChunk; ++i) next.copy(i);
-  // N is a multiple of 8: the lane's four rows exist or not together.
-  const auto has_rows = [&] { return next.item * kItem + 4 * lane < N; };
+  // First of the lane's rows of a chunk. N is a multiple of 8: past it, the last rows are read, and
+  // count as zeros.
+  const auto rows_at = [&](int item) { return min(item * kItem + 4 * lane, N - 4); };
   RowScales<kNested> scales;
-  scales.clear();
-  if (has_rows()) scales.load(a, next.scale_at, next.flat);
-  float* map = reinterpret_cast<float*>(shared + kTableBytes);
-  float offset = 0.0f;
+  scales.load(a, h_begin, rows_at(p_begin));
+  float map_value = 0.0f, offset = 0.0f;
   if constexpr (kNested) {
-    if (threadIdx.x < 256) map[threadIdx.x] = __ldg(a.w.nested + 1 + threadIdx.x) * a.inverse_gain;
-    offset = __ldg(a.w.nested) * a.inverse_gain;
+    map_value = __ldg(a.nested + 1 + threadIdx.x % 256);
+    offset = __ldg(a.nested);
   }
-  skinny::fill_pairs<T>(shared, a.book);
+  launch_dependents();
+  wait_for_predecessor();
+
+  // Loads of what the kernel before may have written; their latency hides the table's filling.
+  RowGrads<T, kPairs ? kTokens : 1> row_grads;
+  ItemGrads<T, kTok> item_grads;
+  const T* row_grad = static_cast<const T*>(a.dy) + int64_t(m0) * N;
+  const auto load_item = [&](int item) {
+    item_grads.load(min(item * kItem + 8 * t, N - 8));
+  };
+  if constexpr (kPairs) {
+    row_grads.load(row_grad + rows_at(p_begin), N, tokens);
+  } else {
+    item_grads.start(a, m0, g);
+    load_item(p_begin);
+  }
+  LoraTerm<T, kTok, kPairs, kHalves> lora;
+  const bool has_rank = a.ds && part < a.R;
+  if (has_rank) lora.load(a, part, h_begin * kHalf + column_pair, next.width, m0, t);
+
+  fill_table(shared, a);
   const uint32_t bells = shared_address(shared + L::kBellAt);
   if (kWide && cluster > 1) {
     if (threadIdx.x == 0) {
@@ -441,23 +471,6 @@ __global__ void __launch_bounds__(kThreads, 1)
     }
     cluster_arrive();  // met before the first mail
   }
-  launch_dependents();
-  wait_for_predecessor();
-
-  RowGrads<T, kPairs ? kTokens : 1> row_grads;
-  ItemGrads<T, kTok> item_grads;
-  const T* row_grad = static_cast<const T*>(a.dy) + int64_t(m0) * N + 4 * lane;
-  if constexpr (kPairs) {
-    row_grads.clear();
-    if (has_rows()) row_grads.load(row_grad + next.item * kItem, N, tokens);
-  } else {
-    item_grads.start(a, m0, g, t);
-    item_grads.load(next.item * kItem);
-  }
-  LoraTerm<T, kTok, kPairs, kHalves> lora;
-  const bool has_rank = a.ds && part < a.R;
-  if (has_rank) lora.load(a, part, next.half * kHalf + column_pair, next.width, m0, t);
-
   // Row i of a matrix of step st is pair 4 (i/2) + 2 st + i%2 of the item's 16: lane t then has rows
   // 8t + 4 st .. + 3 of W in word (tile, st).
   const int matrix_pair = 4 * (lane % 8 / 2) + 2 * (lane / 16) + lane % 2;
@@ -470,15 +483,69 @@ __global__ void __launch_bounds__(kThreads, 1)
   const uint32_t fold_from =
       keep(scratch_at + t * 16 + (kPairs ? L::place(256 * min(g / 2, tokens - 1)) : 0));
   const uint32_t even = keep(g % 2 ? 0x1044 : 0x4410), odd = keep(g % 2 ? 0x3244 : 0x4432);
+  // A unit's sums lie as the lanes have them, [put][lane] pairs of neighbouring columns; every block
+  // finishes 1 / cluster of these pairs. Mail of a unit: [source rank][pair].
+  const auto store = [&](int half, int pair, float2 sum) {
+    const int put = pair / 32, pair_lane = pair % 32;
+    const int token = kPairs ? pair_lane % 4
+                             : put / 2 % kTok * 8 + pair_lane % 4 * 2 + put % 2;
+    const int tile = kPairs ? put : put / (2 * kTok);  // of 16 columns
+    const int column = half * kHalf + tile * 16 + 2 * pair_order(pair_lane / 4);
+    if (token < tokens)
+      *reinterpret_cast<uint32_t*>(static_cast<T*>(a.dx) + int64_t(m0 + token) * a.K + column) =
+          pack_pair<T>(sum.x, sum.y);
+  };
+  const auto pairs_of = [&](int width) { return 32 * L::kPuts / kHalves * width; };
+  const auto read_mail = [&](int unit, int half, int width) {
+    const int own = pairs_of(width) >> cluster_shift, i = threadIdx.x;
+    if (i >= own) return;
+    mail_wait(bells + unit % 2 * 8, unit / 2 % 2);
+    const float2* mail =
+        reinterpret_cast<const float2*>(shared + L::kMailAt + unit % 2 * L::kSumBytes) + i;
+    float2 sum = make_float2(0.0f, 0.0f);
+    for (int r = 0; r < cluster; ++r) {
+      sum.x += mail[r * own].x;
+      sum.y += mail[r * own].y;
+    }
+    store(half, rank * own + i, sum);
+  };
 
   float acc[kHalves][2][kTok][4] = {};
+  if constexpr (kNested) {
+    if (threadIdx.x < 256)
+      reinterpret_cast<float*>(shared + kTableBytes)[threadIdx.x] = map_value * a.inverse_gain;
+    offset *= a.inverse_gain;
+  }
+  const float* map = reinterpret_cast<const float*>(shared + kTableBytes);
   __syncthreads();
 
+  // An item's codes are read while the one before is multiplied.
+  uint4 q[kHalves];
+  const auto load_codes = [&](int h, uint32_t at) {
+    if (h == 0) {
+      wait_copies<kChunk - 1>();
+      __syncwarp();
+    }
+    q[h] = load_matrices_transposed(at + h * 512);
+  };
+#pragma unroll
+  for (int h = 0; h < kHalves; ++h) load_codes(h, read_at);
+  __syncwarp();
+
+  int half, width;
   for (int unit = 0;; ++unit) {
-    const int half = next.half, width = next.width;
+    const int half_before = half, width_before = width;
+    half = next.half;
+    width = next.width;
     do {
       float s[4], restore = 1.0f;
       scales.decode(map, offset, a.inverse_gain, s);
+      const int item = next.item, items = next.items;
+      const bool is_ragged = item * kItem + kRows > N;
+      if (is_ragged && item * kItem + 4 * lane >= N) {
+        s[0] = s[1] = s[2] = s[3] = 0.0f;
+        if constexpr (kPairs) row_grads.clear();
+      }
       if constexpr (kNormalise) restore = normalise(s);
       if constexpr (kPairs) {
 #pragma unroll
@@ -496,69 +563,70 @@ __global__ void __launch_bounds__(kThreads, 1)
       }
       __syncwarp();
 
-      const int item = next.item, items = next.items;
       if (item + kChunk < p_end)
-        next.step(a, p_end, lane);
+        next.step(a, p_end);
       else
         next.start_unit(a, half + width, h_end, p_begin, p_end, lane);
       if (next.half >= h_end) {
         next.strips = 0;
-      } else if (has_rows()) {
-        scales.load(a, next.scale_at, next.flat);
-        if constexpr (kPairs) row_grads.load(row_grad + next.item * kItem, N, tokens);
       } else {
-        scales.clear();
-        if constexpr (kPairs) row_grads.clear();
+        scales.load(a, next.half, rows_at(next.item));
+        if constexpr (kPairs) row_grads.load(row_grad + rows_at(next.item), N, tokens);
       }
 #pragma unroll
       for (int i = 0; i < kChunk; ++i) {
-        if (i < items) {
-          uint32_t b[kTok][kPairs ? 8 : 4];
-          const unsigned char* from = shared + fold_from + L::place(i * 64);
-          const uint4 fold = *reinterpret_cast<const uint4*>(from);
-          if constexpr (kPairs) {
+        if (i >= items) break;
+        uint32_t b[kTok][kPairs ? 8 : 4];
+        const unsigned char* from = shared + fold_from + L::place(i * 64);
+        const uint4 fold = *reinterpret_cast<const uint4*>(from);
+        if constexpr (kPairs) {
 #pragma unroll
-            for (int e = 0; e < 8; ++e)
-              b[0][e] = permute(word_of(fold, e / 2), e % 2 ? odd : even);
-          } else {
-            const uint4 low = *reinterpret_cast<const uint4*>(from + L::place(256));
+          for (int e = 0; e < 8; ++e) b[0][e] = permute(word_of(fold, e / 2), e % 2 ? odd : even);
+        } else {
+          const uint4 low = *reinterpret_cast<const uint4*>(from + L::place(256));
+          if (is_ragged && (item + i) * kItem + 8 * t >= N) item_grads.clear();
 #pragma unroll
-            for (int j = 0; j < kTok; ++j)
+          for (int j = 0; j < kTok; ++j)
 #pragma unroll
-              for (int e = 0; e < 4; ++e) {
-                const uint32_t dy = word_of(item_grads.v[j], e);
-                b[j][e] = fma_pair<T>(dy, word_of(fold, e), mul_pair<T>(dy, word_of(low, e)));
-              }
-            item_grads.load((i + 1 < items ? item + i + 1 : next.item) * kItem);
-          }
-          wait_copies<kChunk - 1>();
-          __syncwarp();
-          uint4 q[kHalves];
+            for (int e = 0; e < 4; ++e) {
+              const uint32_t dy = word_of(item_grads.v[j], e);
+              b[j][e] = fma_pair<T>(dy, word_of(fold, e), mul_pair<T>(dy, word_of(low, e)));
+            }
+          load_item(i + 1 < items ? item + i + 1 : next.item);
+        }
+        const float restore_item = kNormalise ? __shfl_sync(kAllLanes, restore, 8 * i) : 1.0f;
+        // The item's codes are in registers: its slot is free. At the end of a short chunk the rest
+        // is copied too, so that three younger groups follow the next item's in any case.
+        next.copy(i);
+        if (i + 1 == items)
+          for (int j = i + 1; j < kChunk; ++j) next.copy(j);
+        const uint32_t next_at = read_at + (i + 1 < items ? (i + 1) * kSlot : 0);
 #pragma unroll
-          for (int h = 0; h < kHalves; ++h)
-            q[h] = load_matrices_transposed(read_at + i * kSlot + h * 512);
-          const float restore_item = kNormalise ? __shfl_sync(kAllLanes, restore, 8 * i) : 1.0f;
-#pragma unroll
-          for (int h = 0; h < kHalves; ++h) {
-            if (h > 0 && width < 2) break;
+        for (int h = 0; h < kHalves; ++h) {
+          if (h == 0 || width > 1) {
+            float c[2][kTok][4] = {};
+            float(&sums)[2][kTok][4] = kNormalise ? c : acc[h];
+            uint32_t f[2][4];
+            look_up_step<kPairs>(shared, q[h], 0, lane4, f);
+            add_step<T, kTok, kPairs>(f, 0, b, sums);
+            look_up_step<kPairs>(shared, q[h], 1, lane4, f);
+            load_codes(h, next_at);
+            add_step<T, kTok, kPairs>(f, 1, b, sums);
             if constexpr (kNormalise) {
-              float c[2][kTok][4] = {};
-              add_half<T, kTok, kPairs>(shared, q[h], lane4, b, c);
 #pragma unroll
               for (int tile = 0; tile < 2; ++tile)
 #pragma unroll
                 for (int j = 0; j < kTok; ++j)
 #pragma unroll
                   for (int e = 0; e < 4; ++e) acc[h][tile][j][e] += restore_item * c[tile][j][e];
-            } else {
-              add_half<T, kTok, kPairs>(shared, q[h], lane4, b, acc[h]);
             }
+          } else {
+            load_codes(h, next_at);
           }
-          __syncwarp();
         }
-        next.copy(i);
+        __syncwarp();
       }
-    } while (next.half == half);
+    } while (__all_sync(kAllLanes, next.half == half));
     const bool has_next = next.half < h_end;
 
     // ---- the unit's sums: ranks of LoRA, then warps, then blocks
@@ -571,65 +639,57 @@ __global__ void __launch_bounds__(kThreads, 1)
       if (has_rank && has_next)
         lora.load(a, part, next.half * kHalf + column_pair, next.width, m0, t);
     }
-    const auto put = [&](int token, int column, float v0, float v1) {
-      *reinterpret_cast<float2*>(shared + scratch_at +
-                                 L::place((token * L::kColumns + column) * 4)) =
-          make_float2(v0, v1);
+    // Mail of the unit before is read before any thread may send for the one after this.
+    if (kWide && cluster > 1 && unit > 0) read_mail(unit - 1, half_before, width_before);
+    const int sums_at = L::kSumsIn + unit % L::kBuffers * L::kSumBytes;
+    const auto put = [&](int i, float v0, float v1) {
+      *reinterpret_cast<float2*>(shared + scratch_at + sums_at + L::place(i * 256) +
+                                 L::place(lane * 8)) = make_float2(v0, v1);
     };
 #pragma unroll
     for (int h = 0; h < kHalves; ++h)
 #pragma unroll
       for (int tile = 0; tile < 2; ++tile) {
-        const int column = h * kHalf + tile * 16 + column_pair;
         if constexpr (kPairs) {
-          put(t, column, acc[h][0][0][2 * tile] + acc[h][1][0][2 * tile],
+          put(2 * h + tile, acc[h][0][0][2 * tile] + acc[h][1][0][2 * tile],
               acc[h][0][0][2 * tile + 1] + acc[h][1][0][2 * tile + 1]);
         } else {
 #pragma unroll
           for (int j = 0; j < kTok; ++j)
 #pragma unroll
             for (int e = 0; e < 2; ++e)
-              put(8 * j + 2 * t + e, column, acc[h][tile][j][e], acc[h][tile][j][2 + e]);
+              put(((2 * h + tile) * kTok + j) * 2 + e, acc[h][tile][j][e], acc[h][tile][j][2 + e]);
         }
       }
     __syncthreads();
-    T* dx = static_cast<T*>(a.dx) + int64_t(m0) * a.w.K + half * kHalf;
-    // Every block finishes 1 / cluster of the unit's columns. Mail: [source rank][token][column].
-    const int own_shift = 4 + width - (kWide ? a.cluster_shift : 0), own = 1 << own_shift;
-    const uint32_t mail_at = L::kMailAt + unit % 2 * L::kMailBytes, bell = bells + unit % 2 * 8;
     if (kWide && cluster > 1) {
       if (unit == 0) cluster_wait();  // all blocks have begun
-      if (threadIdx.x == 0) mail_expect(bell, 4 * tokens * kHalf * width);
+      if (threadIdx.x == 0) mail_expect(bells + unit % 2 * 8, 8 * pairs_of(width));
     }
+    if (threadIdx.x < pairs_of(width)) {
+      const unsigned char* from = shared + L::kScratchAt + sums_at +
+                                  L::place(threadIdx.x / 32 * 256) + L::place(lane * 8);
+      float2 sum = make_float2(0.0f, 0.0f);
 #pragma unroll
-    for (int o = threadIdx.x; o < kTokens * L::kColumns; o += kThreads) {
-      const int token = o / L::kColumns, column = o % L::kColumns;
-      if (token >= tokens || column >= width * kHalf) continue;
-      float sum = 0.0f;
-#pragma unroll
-      for (int w = 0; w < kWarps; ++w)
-        sum += *reinterpret_cast<const float*>(shared + L::kScratchAt + w * L::kScratchStride +
-                                               L::place(o * 4));
-      if (!kWide || cluster == 1) {
-        dx[token * a.w.K + column] = from_acc<T>(sum);
+      for (int w = 0; w < kWarps; ++w) {
+        const float2 v = *reinterpret_cast<const float2*>(from + w * L::kScratchStride);
+        sum.x += v.x;
+        sum.y += v.y;
+      }
+      if (cluster == 1) {
+        store(half, threadIdx.x, sum);
       } else {
-        const int at = ((rank * kTokens + token) << own_shift) + (column & (own - 1));
-        mail_send(shared_address(shared + mail_at) + 4 * at, bell, column >> own_shift, sum);
+        const int own = pairs_of(width) >> cluster_shift, to = threadIdx.x / own;
+        const int at = rank * own + threadIdx.x % own;
+        mail_send(shared_address(shared + L::kMailAt + unit % 2 * L::kSumBytes) + 8 * at,
+                  bells + unit % 2 * 8, to, sum);
       }
     }
-    if (kWide && cluster > 1) {
-      const int token = threadIdx.x >> own_shift, column = threadIdx.x & (own - 1);
-      if (token < tokens) {
-        mail_wait(bell, unit / 2 % 2);
-        float sum = 0.0f;
-        for (int r = 0; r < cluster; ++r)
-          sum += reinterpret_cast<const float*>(
-              shared + mail_at)[((r * kTokens + token) << own_shift) + column];
-        dx[token * a.w.K + (rank << own_shift) + column] = from_acc<T>(sum);
-      }
+    if (!has_next) {
+      if (kWide && cluster > 1) read_mail(unit, half, width);
+      return;
     }
-    if (!has_next) break;
-    __syncthreads();  // the partial sums are read
+    if (L::kBuffers == 1) __syncthreads();  // the sums are read
 #pragma unroll
     for (int h = 0; h < kHalves; ++h)
 #pragma unroll
@@ -664,78 +724,102 @@ Choice choose(int64_t M, bool is_wide, bool is_nested) {
   return is_wide ? choose_tokens<T, true>(M, is_nested) : choose_tokens<T, false>(M, is_nested);
 }
 
-// Blocks a cluster and clusters: what finishes first by a model of the machine.
+// Blocks a cluster, clusters, and whether units are whole strips: what finishes first by a model of
+// the machine.
 struct Split {
   int cluster_shift = 0, clusters = 1;
+  bool is_wide = false;
 };
 
-Split choose_split(int64_t halves, int64_t items, int64_t chunks, int sm_count, bool is_wide) {
+Split choose_split(int64_t halves, int64_t items, int64_t chunks, int sm_count, bool has_clusters) {
   Split best;
   double best_cost = 1e30;
-  for (int shift = 0; shift <= (is_wide ? 3 : 0); ++shift) {
+  for (int shift = 0; shift <= (has_clusters ? 3 : 0); ++shift) {
     // Clusters of 4 and more do not fill every group of multiprocessors.
-    const int64_t resident =
-        std::max<int64_t>(1, (sm_count >> shift) * (shift > 1 ? 9 : 10) / 10);
+    const int64_t resident = std::max<int64_t>(1, (sm_count >> shift) * (shift > 1 ? 9 : 10) / 10);
     const int64_t each = ceil_div(halves, resident), clusters = ceil_div(halves, each);
     const int64_t waves = ceil_div(clusters * chunks, resident);
     const int64_t deep = ceil_div<int64_t>(items, int64_t(kWarps) << shift);
+    const bool is_wide = has_clusters && (shift > 0 || each > 1);
     const double cost =
         double(waves) * (double(each * deep) * (is_wide && each > 1 ? 1.0 : 1.2) + (shift ? 6 : 4));
     if (cost < best_cost) {
       best_cost = cost;
-      best = {shift, int(clusters)};
+      best = {shift, int(clusters), is_wide};
     }
   }
 #ifdef DGRAD_EXPERIMENT
   if (const char* e = getenv("DGRAD_SHIFT")) {
     const int shift = atoi(e);
-    if (is_wide) {
+    if (has_clusters) {
       const int64_t resident = std::max<int64_t>(1, (sm_count >> shift) * (shift > 1 ? 9 : 10) / 10);
       const int64_t each = ceil_div(halves, resident);
-      best = {shift, int(ceil_div(halves, each))};
+      best = {shift, int(ceil_div(halves, each)), shift > 0 || each > 1};
     }
   }
 #endif
   return best;
 }
 
+template <class T>
+uint16_t bits_of(float v) {
+  T value;
+  if constexpr (std::is_same_v<T, bf16>)
+    value = __float2bfloat16_rn(v);
+  else
+    value = __float2half_rn(v);
+  uint16_t bits;
+  std::memcpy(&bits, &value, 2);
+  return bits;
+}
+
 }  // namespace
 
 bool skinny_fits(const QLinearDgradParams& p) {
-  return skinny::weight_fits(p.w, p.dtype) && p.w.N % 8 == 0 && is_aligned(p.dy, 16) &&
-         is_aligned(p.lora_a, 4);
+  return skinny::weight_fits(p.w, p.dtype) && p.w.N > 0 && p.w.N % 8 == 0 &&
+         is_aligned(p.dy, 16) && is_aligned(p.lora_a, 4) && is_aligned(p.dx, 4);
 }
 
 void qlinear_dgrad_skinny(const QLinearDgradParams& p) {
   const char* const name = "qlinear_dgrad_skinny_kernel";
   const DeviceFacts facts = device_facts();
   const bool is_bf16 = p.dtype == DType::kBFloat16;
-  const bool is_wide = facts.arch >= 90 && facts.shared_bytes >= 227 * 1024;
-  const Choice choice = is_bf16 ? choose<bf16>(p.M, is_wide, p.w.nested != nullptr)
-                                : choose<fp16>(p.M, is_wide, p.w.nested != nullptr);
-  FASTPEFT_CHECK(facts.shared_bytes >= choice.shared_bytes, name, ": ", choice.shared_bytes,
-                 " bytes of shared memory a block are needed, the device has ", facts.shared_bytes);
   const int64_t chunks = ceil_div<int64_t>(p.M, 16);
   FASTPEFT_CHECK(chunks < 65536, name, ": ", p.M, " tokens in one launch");
+  const int64_t halves = p.w.K / kHalf, items = ceil_div<int64_t>(p.w.N, kItem);
+  const bool has_clusters = facts.arch >= 90 && facts.shared_bytes >= 227 * 1024;
+  const Split split = choose_split(halves, items, chunks, facts.sm_count, has_clusters);
+  const Choice choice = is_bf16 ? choose<bf16>(p.M, split.is_wide, p.w.nested != nullptr)
+                                : choose<fp16>(p.M, split.is_wide, p.w.nested != nullptr);
+  FASTPEFT_CHECK(facts.shared_bytes >= choice.shared_bytes, name, ": ", choice.shared_bytes,
+                 " bytes of shared memory a block are needed, the device has ", facts.shared_bytes);
 
   // FP4's codes are exact in bf16 when multiplied by 12; float16 holds both codebooks well enough.
   const float gain = !is_bf16 ? 1.0f : p.w.format == Format::kNf4 ? 1.43675f : 12.0f;
+  const PackedWeight w = packed_weight(p.w);
   Args a = {};
-  a.w = packed_weight(p.w);
-  a.book = codebook(p.w.format, gain);
-  a.inverse_gain = 1.0f / gain;
-  a.blocks_a_row = int(p.w.K >> a.w.block_shift);
-  a.M = int(p.M);
-  a.R = int(p.R);
-  const int64_t halves = p.w.K / kHalf, items = ceil_div(a.w.strips_n, 2);
-  const Split split = choose_split(halves, items, chunks, facts.sm_count, is_wide);
+  a.codes = w.codes;
+  a.scales = w.scales;
+  a.nested = w.nested;
+  a.dy = p.dy;
+  a.dx = p.dx;
   a.cluster_shift = split.cluster_shift;
   a.halves = share_of(halves, split.clusters);
   a.items = share_of(items, kWarps << split.cluster_shift);
-  a.dy = p.dy;
+  a.strips_n = w.strips_n;
+  a.strips_k = w.strips_k;
+  a.block_shift = w.block_shift;
+  a.N = int(w.N);
+  a.Np = int(w.Np);
+  a.M = int(p.M);
+  a.R = int(p.R);
+  a.blocks_a_row = int(w.K >> w.block_shift);
+  a.inverse_gain = 1.0f / gain;
   a.ds = p.R > 0 ? p.ds : nullptr;
   a.lora_a = p.lora_a;
-  a.dx = p.dx;
+  a.K = w.K;
+  const Codebook book = codebook(p.w.format, gain);
+  for (int i = 0; i < 16; ++i) a.book[i] = is_bf16 ? bits_of<bf16>(book.v[i]) : bits_of<fp16>(book.v[i]);
   allow_shared_memory(reinterpret_cast<const void*>(choice.kernel), choice.shared_bytes);
   launch_kernel(choice.kernel, name,
                 dim3(unsigned(split.clusters << split.cluster_shift), unsigned(chunks)), kThreads,
