@@ -13,8 +13,8 @@
 //   byte holds rows n0, n1 of one column; 8 or 16 tokens are the columns.
 // absmax varies along n, so it is folded into dy. A warp decodes it for 128 rows at once, 4 rows a
 // lane, into its own scratch: folded dy (M <= 4), or the scale as a 16-bit high and low part, two
-// packed operations a pair of dy. dy is so rounded to 16 bits once more; in float16 the scales of an
-// item are normalised by a power of two, or small absmax would underflow.
+// packed operations a pair of dy. dy is so rounded to 16 bits once more; in float16 the scales of
+// an item are normalised by a power of two, or small absmax would underflow.
 //
 //     cluster of blocks: some halves of strips (32 columns), all of N; warps of all blocks:
 //     rows:  | warp 0 | warp 1 | ... | warp 16 c - 1 |     chunk of a warp: 4 items; item: 32 rows
@@ -25,6 +25,7 @@
 // Bound: reading the codes, 30 clocks for 1024 weights and SM of an H200 (4.1 TB/s); shared memory
 // needs 27 (16 lookups, 4 to write codes, 4 to read them, 3 for folded dy). README.md has the rest.
 #include <algorithm>
+#include <cmath>
 #include <cstring>
 
 #include "dependent_launch.cuh"
@@ -35,9 +36,9 @@ namespace fastpeft::cuda {
 namespace {
 
 constexpr int kWarps = 16, kThreads = 32 * kWarps;
-constexpr int kHalf = 32;                       // columns
-constexpr int kItem = 32;                       // rows of W: two strips
-constexpr int kChunk = 4, kRows = 4 * kItem;    // items a chunk; 4 rows a lane
+constexpr int kHalf = 32;                     // columns
+constexpr int kItem = 32;                     // rows of W: two strips
+constexpr int kChunk = 4, kRows = 4 * kItem;  // items a chunk; 4 rows a lane
 constexpr int kEntry = 256, kTableBytes = 256 * kEntry, kMapBytes = 1024;
 constexpr int kRingAt = kTableBytes + kMapBytes;
 
@@ -56,8 +57,8 @@ struct Args {
   const uint8_t* codes;  // PackedWeight
   const void* scales;
   const float* nested;
-  const void* dy;  // [M, N]
-  void* dx;        // [M, K]
+  const void* dy;     // [M, N]
+  void* dx;           // [M, K]
   int cluster_shift;  // log2(blocks of a cluster)
   Share halves;       // over the clusters
   Share items;        // over the warps of a cluster
@@ -76,7 +77,7 @@ struct Args {
 template <int kTokens, bool kWide>
 struct Layout {
   static constexpr int kHalves = kWide ? 2 : 1;
-  static constexpr int kSlot = 512 * kHalves;  // an item
+  static constexpr int kSlot = 512 * kHalves;          // an item
   static constexpr int kPuts = kTokens / 2 * kHalves;  // pairs of sums of a lane and unit
   // Of a warp: folded dy or scales, and the sums of a unit, where there is room twice.
   static constexpr int kFoldBytes = kTokens == 4 ? 8 * kRows : 4 * kRows;
@@ -85,7 +86,7 @@ struct Layout {
   static constexpr int kScratchBytes = kFoldBytes + kBuffers * kSumBytes;
   static constexpr int kScratchAt = kWide ? kRingAt + kWarps * kChunk * kSlot : 128;
   static constexpr int kScratchStride = kWide ? kScratchBytes : 16 * kEntry;  // between warps
-  static constexpr int kSumsIn = kWide ? kFoldBytes : 0;  // narrow: over the folded dy
+  static constexpr int kSumsIn = kWide ? kFoldBytes : 0;               // narrow: over the folded dy
   static constexpr int kMailAt = kScratchAt + kWarps * kScratchBytes;  // kWide: of two units
   static constexpr int kBellAt = kMailAt + 2 * kSumBytes;              // two barriers
   static constexpr int kBytes = kWide ? kBellAt + 16 : kRingAt + kWarps * kChunk * kSlot;
@@ -139,8 +140,8 @@ __device__ __forceinline__ void mail_send(uint32_t to, uint32_t bell, int rank, 
   asm volatile(
       "{\n.reg .b32 there, bell;\n.reg .b64 both;\nmapa.shared::cluster.u32 there, %0, %2;\n"
       "mapa.shared::cluster.u32 bell, %1, %2;\nmov.b64 both, {%3, %4};\n"
-      "st.async.weak.shared::cluster.mbarrier::complete_tx::bytes.b64 [there], both, [bell];\n}\n" ::
-          "r"(to),
+      "st.async.weak.shared::cluster.mbarrier::complete_tx::bytes.b64 [there], both, "
+      "[bell];\n}\n" ::"r"(to),
       "r"(bell), "r"(rank), "f"(v.x), "f"(v.y)
       : "memory");
 #endif
@@ -174,9 +175,9 @@ __device__ __forceinline__ uint32_t transpose_units(uint32_t w) {
 }
 
 // ---- one chunk ahead of the products: where the warp is, copies of codes, loads of scales
-// Inside a slot: [half][strip][tile % 2][8 rows][16 bytes]; rows of the second strip are stored ^ 4,
-// so that a matrix, which takes its 8 rows from both, meets every bank once. A unit of one half lies
-// in half 0.
+// Inside a slot: [half][strip][tile % 2][8 rows][16 bytes]; rows of the second strip are stored ^
+// 4, so that a matrix, which takes its 8 rows from both, meets every bank once. A unit of one half
+// lies in half 0.
 template <bool kWide, int kSlot>
 struct Ahead {
   int half, width;  // the unit begins at `half` and has 1 or 2
@@ -227,7 +228,7 @@ struct RowScales {
 
   __device__ __forceinline__ void load(const Args& a, int half, int n) {
     const uint32_t block = half * kHalf >> a.block_shift;
-    const uint32_t at = block * a.Np + n;  // scales_fit() keeps it below 2^32
+    const uint32_t at = block * a.Np + n;  // less than twice the blocks, which are below 2^31
     if constexpr (kNested) {
       codes = __ldg(reinterpret_cast<const uint32_t*>(static_cast<const uint8_t*>(a.scales) + at));
       const float* nested = a.nested + 257;
@@ -252,8 +253,8 @@ struct RowScales {
 
 // float16: the largest absmax of an item (8 lanes) into [0.5, 1); returns what undoes it.
 __device__ __forceinline__ float normalise(float (&s)[4]) {
-  const float top = group_max<8>(
-      fmaxf(fmaxf(fabsf(s[0]), fabsf(s[1])), fmaxf(fabsf(s[2]), fabsf(s[3]))));
+  const float top =
+      group_max<8>(fmaxf(fmaxf(fabsf(s[0]), fabsf(s[1])), fmaxf(fabsf(s[2]), fabsf(s[3]))));
   const int exponent = min(max(int(__float_as_uint(top) >> 23), 1), 252);
 #pragma unroll
   for (int e = 0; e < 4; ++e) s[e] *= __int_as_float((253 - exponent) << 23);
@@ -289,16 +290,18 @@ struct RowGrads {
 template <class T, int kTok>
 struct ItemGrads {
   uint4 v[kTok];
-  const T* row[kTok];
+  const T* first;     // row of the first token
+  uint32_t at[kTok];  // elements from there
 
-  __device__ __forceinline__ void start(const Args& a, int m0, int g) {
+  __device__ __forceinline__ void start(const T* first_token, int N, int tokens, int g) {
+    first = first_token;
 #pragma unroll
-    for (int j = 0; j < kTok; ++j)
-      row[j] = static_cast<const T*>(a.dy) + int64_t(min(m0 + 8 * j + g, a.M - 1)) * a.N;
+    for (int j = 0; j < kTok; ++j) at[j] = uint32_t(min(8 * j + g, tokens - 1)) * N;
   }
   __device__ __forceinline__ void load(int n) {
 #pragma unroll
-    for (int j = 0; j < kTok; ++j) v[j] = __ldg(reinterpret_cast<const uint4*>(row[j] + n));
+    for (int j = 0; j < kTok; ++j)
+      v[j] = __ldg(reinterpret_cast<const uint4*>(first + (at[j] + n)));
   }
   __device__ __forceinline__ void clear() {
 #pragma unroll
@@ -317,8 +320,8 @@ __device__ __forceinline__ uint32_t look_up(const unsigned char* shared, uint32_
                                             __byte_perm(word, lane4, 0x7604 | (kByte << 4)));
 }
 
-// The table: byte -> pair of 16-bit values, a copy a lane. Two threads an entry, 64 bytes each; pieces
-// rotated by entry so that the stores spread over banks.
+// The table: byte -> pair of 16-bit values, a copy a lane. Two threads an entry, 64 bytes each;
+// pieces rotated by entry so that the stores spread over banks.
 __device__ __forceinline__ void fill_table(unsigned char* shared, const Args& a) {
   const int entry = threadIdx.x / 2;
   const uint32_t pair = a.book[entry % 16] | uint32_t(a.book[entry / 16]) << 16;
@@ -378,9 +381,8 @@ struct LoraTerm {
     for (int h = 0; h < kHalves; ++h)
 #pragma unroll
       for (int tile = 0; tile < 2; ++tile)
-        factor[h][tile] = h < width ? __ldg(reinterpret_cast<const uint32_t*>(
-                                          at + h * kHalf + tile * 16))
-                                    : 0;
+        factor[h][tile] =
+            h < width ? __ldg(reinterpret_cast<const uint32_t*>(at + h * kHalf + tile * 16)) : 0;
 #pragma unroll
     for (int i = 0; i < (kPairs ? 1 : 2 * kTok); ++i) {
       const int m = m0 + (kPairs ? t : 8 * (i / 2) + 2 * t + i % 2);
@@ -449,17 +451,17 @@ __global__ void __launch_bounds__(kThreads, 1)
   RowGrads<T, kPairs ? kTokens : 1> row_grads;
   ItemGrads<T, kTok> item_grads;
   const T* row_grad = static_cast<const T*>(a.dy) + int64_t(m0) * N;
-  const auto load_item = [&](int item) {
-    item_grads.load(min(item * kItem + 8 * t, N - 8));
-  };
+  const auto load_item = [&](int item) { item_grads.load(min(item * kItem + 8 * t, N - 8)); };
   if constexpr (kPairs) {
     row_grads.load(row_grad + rows_at(p_begin), N, tokens);
   } else {
-    item_grads.start(a, m0, g);
+    item_grads.start(row_grad, N, tokens, g);
     load_item(p_begin);
   }
+  // The first rank of a warp, where registers allow it; the others are loaded when they are added.
+  constexpr bool kRankAhead = kTokens * kHalves < 32;
   LoraTerm<T, kTok, kPairs, kHalves> lora;
-  const bool has_rank = a.ds && part < a.R;
+  const bool has_rank = kRankAhead && a.ds && part < a.R;
   if (has_rank) lora.load(a, part, h_begin * kHalf + column_pair, next.width, m0, t);
 
   fill_table(shared, a);
@@ -471,8 +473,8 @@ __global__ void __launch_bounds__(kThreads, 1)
     }
     cluster_arrive();  // met before the first mail
   }
-  // Row i of a matrix of step st is pair 4 (i/2) + 2 st + i%2 of the item's 16: lane t then has rows
-  // 8t + 4 st .. + 3 of W in word (tile, st).
+  // Row i of a matrix of step st is pair 4 (i/2) + 2 st + i%2 of the item's 16: lane t then has
+  // rows 8t + 4 st .. + 3 of W in word (tile, st).
   const int matrix_pair = 4 * (lane % 8 / 2) + 2 * (lane / 16) + lane % 2;
   const uint32_t read_at = keep(next.ring + matrix_pair / 8 * 256 + lane / 8 % 2 * kTileBytes +
                                 (pair_place(matrix_pair % 8) ^ (matrix_pair / 8 * 4)) * 16);
@@ -483,12 +485,11 @@ __global__ void __launch_bounds__(kThreads, 1)
   const uint32_t fold_from =
       keep(scratch_at + t * 16 + (kPairs ? L::place(256 * min(g / 2, tokens - 1)) : 0));
   const uint32_t even = keep(g % 2 ? 0x1044 : 0x4410), odd = keep(g % 2 ? 0x3244 : 0x4432);
-  // A unit's sums lie as the lanes have them, [put][lane] pairs of neighbouring columns; every block
-  // finishes 1 / cluster of these pairs. Mail of a unit: [source rank][pair].
+  // A unit's sums lie as the lanes have them, [put][lane] pairs of neighbouring columns; every
+  // block finishes 1 / cluster of these pairs. Mail of a unit: [source rank][pair].
   const auto store = [&](int half, int pair, float2 sum) {
     const int put = pair / 32, pair_lane = pair % 32;
-    const int token = kPairs ? pair_lane % 4
-                             : put / 2 % kTok * 8 + pair_lane % 4 * 2 + put % 2;
+    const int token = kPairs ? pair_lane % 4 : put / 2 % kTok * 8 + pair_lane % 4 * 2 + put % 2;
     const int tile = kPairs ? put : put / (2 * kTok);  // of 16 columns
     const int column = half * kHalf + tile * 16 + 2 * pair_order(pair_lane / 4);
     if (token < tokens)
@@ -557,9 +558,8 @@ __global__ void __launch_bounds__(kThreads, 1)
         const uint2 high = make_uint2(pack_pair<T>(s[0], s[1]), pack_pair<T>(s[2], s[3]));
         const float2 h0 = unpack_pair<T>(high.x), h1 = unpack_pair<T>(high.y);
         *reinterpret_cast<uint2*>(shared + fold_to) = high;
-        *reinterpret_cast<uint2*>(shared + fold_to + L::place(256)) =
-            make_uint2(pack_pair<T>(s[0] - h0.x, s[1] - h0.y),
-                       pack_pair<T>(s[2] - h1.x, s[3] - h1.y));
+        *reinterpret_cast<uint2*>(shared + fold_to + L::place(256)) = make_uint2(
+            pack_pair<T>(s[0] - h0.x, s[1] - h0.y), pack_pair<T>(s[2] - h1.x, s[3] - h1.y));
       }
       __syncwarp();
 
@@ -599,13 +599,14 @@ __global__ void __launch_bounds__(kThreads, 1)
         // is copied too, so that three younger groups follow the next item's in any case.
         next.copy(i);
         if (i + 1 == items)
+#pragma unroll 1
           for (int j = i + 1; j < kChunk; ++j) next.copy(j);
         const uint32_t next_at = read_at + (i + 1 < items ? (i + 1) * kSlot : 0);
 #pragma unroll
         for (int h = 0; h < kHalves; ++h) {
           if (h == 0 || width > 1) {
             float c[2][kTok][4] = {};
-            float(&sums)[2][kTok][4] = kNormalise ? c : acc[h];
+            float (&sums)[2][kTok][4] = kNormalise ? c : acc[h];
             uint32_t f[2][4];
             look_up_step<kPairs>(shared, q[h], 0, lane4, f);
             add_step<T, kTok, kPairs>(f, 0, b, sums);
@@ -632,7 +633,7 @@ __global__ void __launch_bounds__(kThreads, 1)
     // ---- the unit's sums: ranks of LoRA, then warps, then blocks
     if (a.ds) {
       if (has_rank) lora.add(acc);
-      for (int r = part + kWarps * cluster; r < a.R; r += kWarps * cluster) {
+      for (int r = part + (kRankAhead ? kWarps * cluster : 0); r < a.R; r += kWarps * cluster) {
         lora.load(a, r, half * kHalf + column_pair, width, m0, t);
         lora.add(acc);
       }
@@ -667,8 +668,8 @@ __global__ void __launch_bounds__(kThreads, 1)
       if (threadIdx.x == 0) mail_expect(bells + unit % 2 * 8, 8 * pairs_of(width));
     }
     if (threadIdx.x < pairs_of(width)) {
-      const unsigned char* from = shared + L::kScratchAt + sums_at +
-                                  L::place(threadIdx.x / 32 * 256) + L::place(lane * 8);
+      const unsigned char* from =
+          shared + L::kScratchAt + sums_at + L::place(threadIdx.x / 32 * 256) + L::place(lane * 8);
       float2 sum = make_float2(0.0f, 0.0f);
 #pragma unroll
       for (int w = 0; w < kWarps; ++w) {
@@ -725,7 +726,9 @@ Choice choose(int64_t M, bool is_wide, bool is_nested) {
 }
 
 // Blocks a cluster, clusters, and whether units are whole strips: what finishes first by a model of
-// the machine.
+// an H200, in rounds of 32 rows x 32 columns for every warp of a block (0.33 us): 9 to start and
+// end a block, 4 more for every further unit, 2.5 for a cluster; half units cost 1.17 of whole
+// ones.
 struct Split {
   int cluster_shift = 0, clusters = 1;
   bool is_wide = false;
@@ -733,29 +736,32 @@ struct Split {
 
 Split choose_split(int64_t halves, int64_t items, int64_t chunks, int sm_count, bool has_clusters) {
   Split best;
-  double best_cost = 1e30;
-  for (int shift = 0; shift <= (has_clusters ? 3 : 0); ++shift) {
-    // Clusters of 4 and more do not fill every group of multiprocessors.
-    const int64_t resident = std::max<int64_t>(1, (sm_count >> shift) * (shift > 1 ? 9 : 10) / 10);
-    const int64_t each = ceil_div(halves, resident), clusters = ceil_div(halves, each);
-    const int64_t waves = ceil_div(clusters * chunks, resident);
-    const int64_t deep = ceil_div<int64_t>(items, int64_t(kWarps) << shift);
+  double best_cost = HUGE_VAL;
+  const auto consider = [&](int shift, int64_t resident, int64_t each) {
+    const int64_t clusters = ceil_div(halves, each), waves = ceil_div(clusters * chunks, resident);
+    const int64_t depth = ceil_div<int64_t>(items, int64_t(kWarps) << shift);
     const bool is_wide = has_clusters && (shift > 0 || each > 1);
+    const int64_t units = is_wide ? ceil_div<int64_t>(each, 2) : each;
+    const double rounds = double(each * depth) * (is_wide && each > 1 ? 1.0 : 1.17);
     const double cost =
-        double(waves) * (double(each * deep) * (is_wide && each > 1 ? 1.0 : 1.2) + (shift ? 6 : 4));
+        double(waves) * (9.0 + rounds + 4.0 * double(units - 1) + (shift > 0 ? 2.5 : 0.0));
     if (cost < best_cost) {
       best_cost = cost;
       best = {shift, int(clusters), is_wide};
     }
+  };
+  for (int shift = 0; shift <= (has_clusters ? 3 : 0); ++shift) {
+    // Clusters of 4 and more do not fill every group of multiprocessors.
+    const int64_t resident = std::max<int64_t>(1, (sm_count >> shift) * (shift > 1 ? 9 : 10) / 10);
+    consider(shift, resident, ceil_div(halves, resident));
+    consider(shift, resident, std::min(halves, ceil_div(halves * chunks, resident)));
   }
 #ifdef DGRAD_EXPERIMENT
   if (const char* e = getenv("DGRAD_SHIFT")) {
     const int shift = atoi(e);
-    if (has_clusters) {
-      const int64_t resident = std::max<int64_t>(1, (sm_count >> shift) * (shift > 1 ? 9 : 10) / 10);
-      const int64_t each = ceil_div(halves, resident);
-      best = {shift, int(ceil_div(halves, each)), shift > 0 || each > 1};
-    }
+    const int64_t resident = std::max<int64_t>(1, (sm_count >> shift) * (shift > 1 ? 9 : 10) / 10);
+    best_cost = HUGE_VAL;
+    if (has_clusters) consider(shift, resident, ceil_div(halves, resident));
   }
 #endif
   return best;
@@ -776,8 +782,8 @@ uint16_t bits_of(float v) {
 }  // namespace
 
 bool skinny_fits(const QLinearDgradParams& p) {
-  return skinny::weight_fits(p.w, p.dtype) && p.w.N > 0 && p.w.N % 8 == 0 &&
-         is_aligned(p.dy, 16) && is_aligned(p.lora_a, 4) && is_aligned(p.dx, 4);
+  return skinny::weight_fits(p.w, p.dtype) && p.w.N > 0 && p.w.N % 8 == 0 && is_aligned(p.dy, 16) &&
+         is_aligned(p.lora_a, 4) && is_aligned(p.dx, 4);
 }
 
 void qlinear_dgrad_skinny(const QLinearDgradParams& p) {
@@ -819,7 +825,8 @@ void qlinear_dgrad_skinny(const QLinearDgradParams& p) {
   a.lora_a = p.lora_a;
   a.K = w.K;
   const Codebook book = codebook(p.w.format, gain);
-  for (int i = 0; i < 16; ++i) a.book[i] = is_bf16 ? bits_of<bf16>(book.v[i]) : bits_of<fp16>(book.v[i]);
+  for (int i = 0; i < 16; ++i)
+    a.book[i] = is_bf16 ? bits_of<bf16>(book.v[i]) : bits_of<fp16>(book.v[i]);
   allow_shared_memory(reinterpret_cast<const void*>(choice.kernel), choice.shared_bytes);
   launch_kernel(choice.kernel, name,
                 dim3(unsigned(split.clusters << split.cluster_shift), unsigned(chunks)), kThreads,

@@ -123,7 +123,9 @@ void test_linears() {
       {Format::kNf4, 341, 192, 64},  {Format::kNf4, 40, 1088, 64}, {Format::kNf4, 33, 100, 64},
       {Format::kNf4, 24, 96, 32},    {Format::kNf4, 5, 7, 64},     {Format::kNf4, 64, 192, 128},
       {Format::kNf4, 520, 256, 256}, {Format::kFp4, 72, 320, 64},  {Format::kInt8, 33, 80, 64},
-      {Format::kInt8, 19, 45, 64},   {Format::kNf4, 2500, 64, 64}};
+      {Format::kInt8, 19, 45, 64},   {Format::kNf4, 2500, 64, 64},
+      // dgrad of few tokens: several units a block, whole strips or halves; clusters of blocks.
+      {Format::kNf4, 40, 14336, 64}, {Format::kNf4, 24, 9600, 32}, {Format::kNf4, 2040, 1024, 64}};
   for (const Shape& s : shapes)
     for (const bool is_nested : {false, true}) {
       if (s.format == Format::kInt8 && is_nested) continue;
