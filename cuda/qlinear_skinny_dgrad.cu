@@ -155,6 +155,11 @@ __device__ __forceinline__ uint32_t keep(uint32_t v) {
   return __shfl_sync(kAllLanes, v, threadIdx.x % 32);
 }
 template <class T>
+__device__ __forceinline__ const T* keep(const T* p) {
+  return reinterpret_cast<const T*>(
+      __shfl_sync(kAllLanes, reinterpret_cast<unsigned long long>(p), threadIdx.x % 32));
+}
+template <class T>
 __device__ __forceinline__ uint32_t fma_pair(uint32_t a, uint32_t b, uint32_t c) {
   uint32_t r;
   if constexpr (std::is_same_v<T, bf16>)
@@ -290,18 +295,15 @@ struct RowGrads {
 template <class T, int kTok>
 struct ItemGrads {
   uint4 v[kTok];
-  const T* first;     // row of the first token
-  uint32_t at[kTok];  // elements from there
+  const T* row[kTok];
 
-  __device__ __forceinline__ void start(const T* first_token, int N, int tokens, int g) {
-    first = first_token;
+  __device__ __forceinline__ void start(const T* first, int N, int tokens, int g) {
 #pragma unroll
-    for (int j = 0; j < kTok; ++j) at[j] = uint32_t(min(8 * j + g, tokens - 1)) * N;
+    for (int j = 0; j < kTok; ++j) row[j] = keep(first + int64_t(min(8 * j + g, tokens - 1)) * N);
   }
   __device__ __forceinline__ void load(int n) {
 #pragma unroll
-    for (int j = 0; j < kTok; ++j)
-      v[j] = __ldg(reinterpret_cast<const uint4*>(first + (at[j] + n)));
+    for (int j = 0; j < kTok; ++j) v[j] = __ldg(reinterpret_cast<const uint4*>(row[j] + n));
   }
   __device__ __forceinline__ void clear() {
 #pragma unroll
