@@ -13,6 +13,8 @@
 #include "check.cuh"
 #include "device/decode.cuh"
 #include "device/reduce.cuh"
+#include "int8_skinny.h"
+#include "int8_weight_wgmma.h"
 #include "launch.h"
 #include "qlinear_skinny.cuh"
 #include "qlinear_wgmma.h"
@@ -179,9 +181,11 @@ void launch_dgrad(const QLinearDgradParams& p, const W& w, const Codebook& book)
 void qlinear_fwd(const QLinearFwdParams& p) {
   if (p.M == 0 || p.w.N == 0) return;
   FASTPEFT_CHECK(p.w.format != Format::kDense, "qlinear_fwd: a dense weight has nothing to decode");
-  if (p.plan.kernel == KernelId::kWgmma) return qlinear_wgmma_fwd(p);
+  if (p.plan.kernel == KernelId::kWgmma)
+    return p.w.format == Format::kInt8 ? int8_weight_wgmma_fwd(p) : qlinear_wgmma_fwd(p);
   if (p.plan.kernel == KernelId::kNarrow) return qlinear_narrow_fwd(p);
   if (skinny_fits(p)) return qlinear_fwd_skinny(p);
+  if (int8_skinny_fits(p)) return int8_skinny_fwd(p);
   dispatch(p.dtype, [&](auto tag) {
     using T = typename decltype(tag)::type;
     if (p.w.format == Format::kInt8)
@@ -195,7 +199,8 @@ void qlinear_dgrad(const QLinearDgradParams& p) {
   if (p.M == 0 || p.w.K == 0) return;
   FASTPEFT_CHECK(p.w.format != Format::kDense,
                  "qlinear_dgrad: a dense weight has nothing to decode");
-  if (p.plan.kernel == KernelId::kWgmma) return qlinear_wgmma_dgrad(p);
+  if (p.plan.kernel == KernelId::kWgmma)
+    return p.w.format == Format::kInt8 ? int8_weight_wgmma_dgrad(p) : qlinear_wgmma_dgrad(p);
   if (p.plan.kernel == KernelId::kNarrow) return qlinear_narrow_dgrad(p);
   if (skinny_fits(p)) return qlinear_dgrad_skinny(p);
   dispatch(p.dtype, [&](auto tag) {

@@ -98,6 +98,15 @@ struct DropoutParams {
   Stream stream = nullptr;
 };
 
+// The outlier columns of LLM.int8() found on the device, and copies of them side by side for the
+// tensor cores. CUDA only and where the plan asks for it; null otherwise.
+struct OutlierColumns {
+  int64_t capacity = 0;     // columns that x and w have room for, a multiple of 64
+  int32_t* list = nullptr;  // [1 + K] their number, then the columns in order
+  void* x = nullptr;        // [M, capacity] columns of x; zeros up to the next multiple of 64
+  void* w = nullptr;        // [N, capacity] codes of W as numbers of x's dtype, likewise
+};
+
 // Per-token int8 of activations with LLM.int8() outlier columns (Dettmers et al. 2022). threshold
 // 0: none.
 struct QuantizeRowsParams {
@@ -108,21 +117,29 @@ struct QuantizeRowsParams {
   int8_t* q = nullptr;         // [M, K], outlier columns zero
   float* scale = nullptr;      // [M] row absmax of what is not an outlier
   uint8_t* outlier = nullptr;  // [K] 1 where any |x| >= threshold
+  WeightView w;                // int8, for columns.w
+  OutlierColumns columns;      // filled when columns.list is given
   Stream stream = nullptr;
 };
 
 // y = acc * scale_x * scale_w / 127^2 + sum over outlier columns x[m,k] W[n,k] + bias
+//     + scaling * s B^T
 struct Int8EpilogueParams {
   WeightView w;  // int8
-  int64_t M = 0;
+  int64_t M = 0, R = 0;
+  int64_t tile_tokens = 0;  // Plan::tile_tokens: > 0 the tensor-core kernel, which wants columns
   DType dtype = DType::kFloat32;
   const int32_t* acc = nullptr;      // [M, N] or null: then q . codes is computed here
   const int8_t* q = nullptr;         // [M, K]
   const float* scale = nullptr;      // [M]
   const uint8_t* outlier = nullptr;  // [K] or null
+  OutlierColumns columns;            // as quantize_rows left them
   const void* x = nullptr;           // [M, K]
   const void* bias = nullptr;        // [N] or null
-  void* y = nullptr;                 // [M, N]
+  const void* s = nullptr;           // [M, R] or null; only where the plan fuses LoRA
+  const void* lora_b = nullptr;      // [N, R] or null
+  float scaling = 1.0f;
+  void* y = nullptr;  // [M, N]
   Stream stream = nullptr;
 };
 

@@ -37,6 +37,10 @@ double skinny_us(const Problem& p) {
   return is_fwd ? 2.5 + waves * (2.5 + 0.028 * strips) : 3.5 + waves * (0.3 + 0.026 * strips);
 }
 
+// Columns of LLM.int8() outliers that are kept side by side in 16 bit; those beyond are gathered by
+// the kernel itself, a load an element. 512 of them take 23 MB at M = 8192, N = 14336.
+constexpr int64_t kOutlierCapacity = 512;
+
 // Tokens up to which one fused pass over the packed bytes wins over anything else. CUDA: the skinny
 // kernels win at every size up to 16 (14336x4096, H200: 16 us at M = 1, 27 at 16; dequantise alone
 // 41). The general ones (float32, float64, int8, ragged K; 14336x4096, M = 1 / 4: float32 65 / 111,
@@ -147,9 +151,83 @@ Choice narrow_choice(const Problem& p) {
   return best;
 }
 
+// What cuda/int8_skinny_fwd.cu serves (aligned pointers aside), with 16-bit or int8 activations.
+bool int8_skinny_serves(const Problem& p) {
+  const bool is_16bit = p.dtype == DType::kBFloat16 || p.dtype == DType::kFloat16;
+  return p.arch != 0 && is_16bit && p.format == Format::kInt8 && p.direction == Direction::kFwd &&
+         p.K % 16 == 0;
+}
+
+// What cuda/int8_wgmma.cu was written for, and whether it was compiled.
+bool int8_wgmma_serves(const Problem& p) {
+#ifdef FASTPEFT_HAS_SM90A
+  return int8_skinny_serves(p) && p.arch == 90 && p.M < (1 << 24) && p.N < (1 << 24) &&
+         p.N % 8 == 0;
+#else
+  (void)p;
+  return false;
+#endif
+}
+
+// What cuda/int8_weight_wgmma.cu was written for, and whether it was compiled.
+bool int8_weight_wgmma_serves(const Problem& p) {
+#ifdef FASTPEFT_HAS_SM90A
+  return p.arch == 90 && p.format == Format::kInt8 && p.dtype == DType::kBFloat16 &&
+         p.M < (1 << 24) && p.N < (1 << 24) && p.N % 8 == 0 && p.K % 16 == 0;
+#else
+  (void)p;
+  return false;
+#endif
+}
+
+// Weight only on the GPU, and the input gradient of every int8 layer.
+Plan int8_weight_plan(const Problem& p) {
+  Plan plan;
+  const bool serves = int8_weight_wgmma_serves(p);
+  if (p.M <= (int8_skinny_serves(p) ? 16 : serves ? 0 : 4)) {
+    plan.kernel = KernelId::kFused;
+    plan.fuses_lora = p.dtype != DType::kFloat64;  // it scales in float32
+    return plan;
+  }
+  if (serves) {
+    plan.kernel = KernelId::kWgmma;
+    plan.fuses_lora = p.R <= 64 && p.R % 8 == 0;
+    plan.tile_rows = 128;
+    plan.tile_tokens = p.M <= 128 ? 128 : 256;
+    return plan;
+  }
+  plan.kernel = KernelId::kDequantMatmul;
+  plan.workspace_bytes = p.N * p.K * dtype_bytes(p.dtype);
+  return plan;
+}
+
+// LLM.int8(): the tensor-core kernels, or torch's integer matmul with its matrix of sums.
+Plan int8_activations_plan(const Problem& p) {
+  Plan plan;
+  if (int8_skinny_serves(p) && p.M <= 16) {
+    plan.kernel = KernelId::kFused;
+    plan.fuses_lora = true;
+    return plan;
+  }
+  if (int8_wgmma_serves(p)) {
+    plan.kernel = KernelId::kWgmma;
+    plan.fuses_lora = p.R <= 64 && p.R % 8 == 0;
+    plan.tile_rows = 128;
+    plan.tile_tokens = p.M <= 128 ? 128 : 256;
+    plan.outlier_capacity = kOutlierCapacity;
+    plan.workspace_bytes = (p.M + p.N) * plan.outlier_capacity * 2;
+    return plan;
+  }
+  plan.kernel = KernelId::kIntMatmul;
+  plan.workspace_bytes = p.M * p.N * 4;
+  return plan;
+}
+
 }  // namespace
 
 Plan make_plan(const Problem& p) {
+  if (p.has_int8_activations) return int8_activations_plan(p);
+  if (p.format == Format::kInt8 && p.arch != 0) return int8_weight_plan(p);
   Plan plan;
   if (p.format == Format::kDense) {
     plan.kernel = KernelId::kDense;

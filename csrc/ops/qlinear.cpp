@@ -10,8 +10,9 @@ void drop_add(const Backend& backend, const Tensor& y, const Tensor& x, double p
 namespace {
 
 Plan plan_for(const Backend& backend, const WeightView& w, Direction direction, DType dtype,
-              int64_t M, int64_t R) {
+              int64_t M, int64_t R, bool has_int8_activations = false) {
   Problem problem;
+  problem.has_int8_activations = has_int8_activations;
   problem.format = w.format;
   problem.direction = direction;
   problem.dtype = dtype;
@@ -46,13 +47,38 @@ void linear(const Tensor& y, const Tensor& x, const Tensor& w, const OptionalTen
   bias ? addmm(y, *bias, x, transposed(w)) : mm(y, x, transposed(w));
 }
 
-// LLM.int8(): the integer product of the inliers, then scales, outlier columns and bias in one
-// pass.
-void int8_fwd(const Backend& backend, const WeightArgs& w, DType dtype, double threshold,
-              const Tensor& x, const OptionalTensor& bias, const Tensor& y) {
+struct LowRank {
+  Tensor s, b;  // [M, R], [N, R] in x's dtype
+  double scaling;
+};
+
+// Where quantize_rows puts the outlier columns, and int8_epilogue finds them: pieces of one tensor.
+OutlierColumns outlier_columns(const Tensor& memory, int64_t M, int64_t K, int64_t capacity) {
+  const int64_t list_bytes = round_up<int64_t>(4 * (1 + K), 256), row_bytes = 2 * capacity;
+  char* at = static_cast<char*>(memory.data_ptr());
+  OutlierColumns columns;
+  columns.capacity = capacity;
+  columns.list = reinterpret_cast<int32_t*>(at);
+  if (capacity == 0) return columns;
+  columns.x = at + list_bytes;
+  columns.w = at + list_bytes + round_up<int64_t>(M * row_bytes, 256);
+  return columns;
+}
+
+int64_t outlier_bytes(int64_t M, int64_t N, int64_t K, int64_t capacity) {
+  return round_up<int64_t>(4 * (1 + K), 256) + round_up<int64_t>(M * 2 * capacity, 256) +
+         N * 2 * capacity;
+}
+
+// LLM.int8(): rows of x to int8; the product of the inliers; then, in one pass or behind the sums
+// in registers, scales, outlier columns, bias and, where the plan says so, the low-rank product.
+void int8_fwd(const Backend& backend, const WeightArgs& w, const Plan& plan, DType dtype,
+              double threshold, const Tensor& x, const OptionalTensor& bias,
+              const std::optional<LowRank>& lora, const Tensor& y) {
   const int64_t M = x.size(0), N = w.view.N, K = w.view.K;
+  const bool is_fused = plan.kernel != KernelId::kIntMatmul;
   Tensor q = empty({M, K}, ScalarType::Char, x), scale = empty({M}, ScalarType::Float, x);
-  Tensor outlier = empty({K}, ScalarType::Byte, x), acc = empty({M, N}, ScalarType::Int, x);
+  Tensor outlier = empty({K}, ScalarType::Byte, x), acc, columns;
   QuantizeRowsParams rows;
   rows.M = M;
   rows.K = K;
@@ -63,26 +89,37 @@ void int8_fwd(const Backend& backend, const WeightArgs& w, DType dtype, double t
   rows.scale = static_cast<float*>(scale.data_ptr());
   rows.outlier = static_cast<uint8_t*>(outlier.data_ptr());
   rows.stream = backend.stream();
+  if (is_fused && threshold > 0.0) {
+    rows.w = w.view;
+    columns = empty({outlier_bytes(M, N, K, plan.outlier_capacity)}, ScalarType::Byte, x);
+    rows.columns = outlier_columns(columns, M, K, plan.outlier_capacity);
+  }
   FASTPEFT_RUN(backend, quantize_rows, rows);
   Int8EpilogueParams p;
   p.w = w.view;
   p.M = M;
   p.dtype = dtype;
-  if (int_mm(acc, q, transposed(w.codes))) p.acc = static_cast<const int32_t*>(acc.data_ptr());
+  if (!is_fused) {
+    acc = empty({M, N}, ScalarType::Int, x);
+    if (int_mm(acc, q, transposed(w.codes))) p.acc = static_cast<const int32_t*>(acc.data_ptr());
+  }
+  p.tile_tokens = plan.tile_tokens;
   p.q = rows.q;
   p.scale = rows.scale;
   p.outlier = threshold > 0.0 ? rows.outlier : nullptr;
+  p.columns = rows.columns;
   p.x = rows.x;
   p.bias = bias ? bias->data_ptr() : nullptr;
+  if (lora && plan.fuses_lora) {
+    p.R = lora->s.size(1);
+    p.s = lora->s.data_ptr();
+    p.lora_b = lora->b.data_ptr();
+    p.scaling = float(lora->scaling);
+  }
   p.y = y.data_ptr();
   p.stream = backend.stream();
   FASTPEFT_RUN(backend, int8_epilogue, p);
 }
-
-struct LowRank {
-  Tensor s, b;  // [M, R], [N, R] in x's dtype
-  double scaling;
-};
 
 // One launch; `lora` rides along when the plan says so.
 void fused_fwd(const Backend& backend, const WeightArgs& w, const Plan& plan, DType dtype,
@@ -127,12 +164,14 @@ void panels_fwd(const Backend& backend, const WeightArgs& w, DType dtype, int64_
 bool base_fwd(const Backend& backend, const WeightArgs& w, DType dtype, double threshold,
               const Tensor& x, const OptionalTensor& bias, const std::optional<LowRank>& lora,
               const Tensor& y) {
-  if (w.view.format == Format::kInt8 && threshold >= 0.0) {
-    int8_fwd(backend, w, dtype, threshold, x, bias, y);
-    return false;
-  }
+  const bool has_int8_activations = w.view.format == Format::kInt8 && threshold >= 0.0;
   const int64_t R = lora ? lora->s.size(1) : 0;
-  const Plan plan = plan_for(backend, w.view, Direction::kFwd, dtype, x.size(0), R);
+  const Plan plan =
+      plan_for(backend, w.view, Direction::kFwd, dtype, x.size(0), R, has_int8_activations);
+  if (has_int8_activations) {
+    int8_fwd(backend, w, plan, dtype, threshold, x, bias, lora, y);
+    return plan.fuses_lora;
+  }
   switch (plan.kernel) {
     case KernelId::kFused:
     case KernelId::kWgmma:
@@ -145,6 +184,7 @@ bool base_fwd(const Backend& backend, const WeightArgs& w, DType dtype, double t
     case KernelId::kDense:
       linear(y, x, w.codes, bias);
       return false;
+    case KernelId::kIntMatmul:
     case KernelId::kDequantMatmul:
       break;
   }

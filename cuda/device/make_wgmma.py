@@ -1,4 +1,6 @@
-"""Writes wgmma.cuh: wgmma m64nNk16, A (bf16) from registers, B from shared memory, float32 sums."""
+"""Writes wgmma.cuh: wgmma m64nNk16, A (bf16) from registers, B from shared memory, float32 sums;
+and wgmma_shared.cuh: A and B from shared memory, int8 or 16 bit, sums as bits.
+"""
 
 from pathlib import Path
 
@@ -43,6 +45,62 @@ def instruction(n: int) -> str:
     )
 
 
+SHARED_HEAD = """// Written by make_wgmma.py: change that, not this.
+// wgmma m64nN with A and B (both K-major, swizzled) from shared memory;
+// d = a . b + (accumulate ? d : 0). The sums are 32-bit words, int32 or float32, so that one set
+// of registers can hold first these and then those: int8 a step of 32 along K, 16 bit one of 16.
+#pragma once
+#include <cstdint>
+
+namespace fastpeft::cuda {
+
+template <int kTokens>
+struct WgmmaSS;
+"""
+SHARED_MMA = """
+  static __device__ __forceinline__ void mma_{name}(uint32_t (&d)[{regs}], uint64_t a_desc,
+                                                  uint64_t b_desc, int accumulate) {{
+    asm volatile(
+        "{{\\n.reg .pred p;\\nsetp.ne.b32 p, %{flag}, 0;\\n"
+        "wgmma.mma_async.sync.aligned.m64n{n}{types} "
+        "{{{d}}}, "
+        "%{a}, %{b}, p{tail};\\n}}\\n"
+        : {outs}
+        : "l"(a_desc), "l"(b_desc), "r"(accumulate));
+  }}
+"""
+KINDS = (
+    ("s8", "k32.s32.s8.s8", ""),
+    ("bf16", "k16.f32.bf16.bf16", ", 1, 1, 0, 0"),
+    ("fp16", "k16.f32.f16.f16", ", 1, 1, 0, 0"),
+)
+
+
+def shared_instructions(n: int) -> str:
+    regs = n // 2
+    mmas = (
+        SHARED_MMA.format(
+            name=name,
+            n=n,
+            regs=regs,
+            types=types,
+            tail=tail,
+            d=", ".join(f"%{i}" for i in range(regs)),
+            a=regs,
+            b=regs + 1,
+            flag=regs + 2,
+            outs=", ".join(f'"+r"(d[{i}])' for i in range(regs)),
+        )
+        for name, types, tail in KINDS
+    )
+    return f"\ntemplate <>\nstruct WgmmaSS<{n}> {{" + "".join(mmas) + "};\n"
+
+
+def write(name: str, text: str) -> None:
+    text = "// clang-format off\n" + text + "\n}  // namespace fastpeft::cuda\n"
+    Path(__file__).with_name(name).write_text(text)
+
+
 if __name__ == "__main__":
-    text = HEAD + "".join(instruction(n) for n in (16, 32, 64, 128, 256)) + "\n}  // namespace fastpeft::cuda\n"
-    Path(__file__).with_name("wgmma.cuh").write_text("// clang-format off\n" + text)
+    write("wgmma.cuh", HEAD + "".join(instruction(n) for n in (16, 32, 64, 128, 256)))
+    write("wgmma_shared.cuh", SHARED_HEAD + "".join(shared_instructions(n) for n in (128, 256)))

@@ -24,4 +24,14 @@ __device__ __forceinline__ void mma_16x8x16(float (&c)[4], const uint32_t (&a)[4
   }
 }
 
+// m16n8k32 of int8, int32 sums: the same lanes with four k a word: a[0] (row g, k 4t..), a[2] (row
+// g, k 4t+16..), b0 (k 4t.., column g).
+__device__ __forceinline__ void mma_16x8x32_s8(int (&c)[4], uint32_t a0, uint32_t a1, uint32_t a2,
+                                               uint32_t a3, uint32_t b0, uint32_t b1) {
+  asm("mma.sync.aligned.m16n8k32.row.col.s32.s8.s8.s32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, "
+      "{%0,%1,%2,%3};"
+      : "+r"(c[0]), "+r"(c[1]), "+r"(c[2]), "+r"(c[3])
+      : "r"(a0), "r"(a1), "r"(a2), "r"(a3), "r"(b0), "r"(b1));
+}
+
 }  // namespace fastpeft::cuda

@@ -74,7 +74,7 @@ LinearCase<T> linear_case(const HostWeight& w, int64_t M, int64_t R, bool is_dgr
 
 template <class T>
 void test_linear(const HostWeight& host, const DeviceWeight& device, int64_t M, int64_t R,
-                 size_t shift) {
+                 size_t shift, const Plan& plan = {}) {
   for (const bool is_dgrad : {false, true}) {
     const double scaling = is_dgrad ? 1.0 : 0.5;
     const LinearCase<T> c = linear_case<T>(host, M, R, is_dgrad, scaling);
@@ -85,6 +85,7 @@ void test_linear(const HostWeight& host, const DeviceWeight& device, int64_t M, 
         p.w = device.view;
         p.M = M;
         p.R = R;
+        p.plan = plan;
         p.dtype = TypeOf<T>::value;
         p.dy = in.data();
         p.ds = R ? s.data() : nullptr;
@@ -96,6 +97,7 @@ void test_linear(const HostWeight& host, const DeviceWeight& device, int64_t M, 
         p.w = device.view;
         p.M = M;
         p.R = R;
+        p.plan = plan;
         p.dtype = TypeOf<T>::value;
         p.x = in.data();
         p.bias = bias.data();
@@ -107,17 +109,75 @@ void test_linear(const HostWeight& host, const DeviceWeight& device, int64_t M, 
       }
     };
     run();
-    const std::string what = std::string(is_dgrad ? "dgrad " : "fwd ") + format_name(host.format) +
-                             " " + dtype_name(TypeOf<T>::value) + " M" + std::to_string(M) + " N" +
-                             std::to_string(host.N) + " K" + std::to_string(host.K) + " R" +
-                             std::to_string(R) + "/" + std::to_string(host.blocksize) +
-                             (host.is_nested ? " nested" : "");
+    const std::string what =
+        std::string(is_dgrad ? "dgrad " : "fwd ") + format_name(host.format) + " " +
+        dtype_name(TypeOf<T>::value) + " M" + std::to_string(M) + " N" + std::to_string(host.N) +
+        " K" + std::to_string(host.K) + " R" + std::to_string(R) + "/" +
+        std::to_string(host.blocksize) + (host.is_nested ? " nested" : "") +
+        (plan.tile_tokens
+             ? std::string(" ") + kernel_name(plan.kernel) + " " + std::to_string(plan.tile_rows) +
+                   "x" + std::to_string(plan.tile_tokens) + "/" + std::to_string(plan.split)
+             : "");
     check_sums<T>(out, c.want, c.magnitude, what);
     const std::vector<T> first = out.read<T>();
     out.poison();
     run();
     check_bits(out, first, what + " again");
   }
+}
+
+Plan tiles(KernelId kernel, int64_t rows, int64_t tokens, int64_t split) {
+  Plan plan;
+  plan.kernel = kernel;
+  plan.tile_rows = rows;
+  plan.tile_tokens = tokens;
+  plan.split = split;
+  return plan;
+}
+
+// The tensor-core kernel of int8 weights: whole and ragged tiles, a cut last wave, with low-rank
+// product.
+void test_int8_tiles() {
+  if (cuda::device_facts().arch != 90) return;
+  struct Case {
+    int64_t M, N, K, R;
+  };
+  for (const Case c : {Case{17, 136, 80, 0}, Case{64, 1032, 592, 16}, Case{130, 264, 1040, 64},
+                       Case{300, 520, 624, 0}, Case{520, 400, 528, 8}, Case{1, 8, 16, 0}}) {
+    const HostWeight host = make_weight(Format::kInt8, c.N, c.K, 64, false, unsigned(c.N + c.K));
+    const DeviceWeight device(host);
+    for (const int64_t tokens : {128, 256})
+      test_linear<__nv_bfloat16>(host, device, c.M, c.R, 0,
+                                 tiles(KernelId::kWgmma, 128, tokens, 1));
+  }
+}
+
+// The tensor-core kernels of NF4 with every tile and split: ragged tiles, fewer k-blocks than
+// blocks of a cluster or stages, more than one tile of tokens, with low-rank product.
+void test_nf4_tiles() {
+  if (cuda::device_facts().arch != 90) return;
+  struct Case {
+    int64_t M, N, K, blocksize, R;
+  };
+  for (const Case c :
+       {Case{13, 72, 64, 64, 0}, Case{16, 200, 320, 64, 16}, Case{40, 136, 1088, 64, 64},
+        Case{64, 520, 256, 256, 0}, Case{130, 264, 1024, 128, 8}, Case{300, 136, 192, 64, 16}})
+    for (const bool is_nested : {false, true}) {
+      const HostWeight host =
+          make_weight(Format::kNf4, c.N, c.K, c.blocksize, is_nested, unsigned(c.N + c.K));
+      const DeviceWeight device(host);
+      const auto run = [&](const Plan& plan) {
+        test_linear<__nv_bfloat16>(host, device, c.M, c.R, 0, plan);
+      };
+      for (const int64_t tokens : {128, 256}) run(tiles(KernelId::kWgmma, 128, tokens, 1));
+      for (const int64_t tokens : {16, 32, 64, 128}) {
+        if (tokens < 128 && c.M > 2 * tokens) continue;
+        for (const int64_t split : {0, 1, 2, 4, 8})
+          run(tiles(KernelId::kNarrow, 64, tokens, split));
+        if (tokens == 128) continue;
+        for (const int64_t split : {0, 1}) run(tiles(KernelId::kNarrow, 128, tokens, split));
+      }
+    }
 }
 
 }  // namespace
@@ -142,6 +202,9 @@ void test_linears() {
       {Format::kInt8, 33, 80, 64},
       {Format::kInt8, 19, 45, 64},
       {Format::kNf4, 2500, 64, 64},
+      {Format::kInt8, 7, 16, 64},
+      {Format::kInt8, 72, 2192, 64},
+      {Format::kInt8, 17000, 144, 64},
       // dgrad of few tokens: several units a block, whole strips or halves; clusters of blocks.
       {Format::kNf4, 40, 14336, 64},
       {Format::kNf4, 24, 9600, 32},
@@ -170,6 +233,8 @@ void test_linears() {
       test_dequantize<double>(host, device, host.N / 2, host.N);
       test_dequantize<__nv_bfloat16>(host, device, 1, host.N);
     }
+  test_int8_tiles();
+  test_nf4_tiles();
 }
 
 // Launches captured on a stream replay to the same bits.

@@ -1,4 +1,4 @@
-// Dropout masks (bit for bit), LLM.int8() rows and epilogue, bottleneck pieces.
+// Dropout masks (bit for bit), bottleneck pieces.
 #include <algorithm>
 
 #include "../../csrc/core/philox.h"
@@ -43,77 +43,6 @@ void test_dropout(int64_t count, float drop, size_t shift) {
       }
       check_sums<T>(out, reference, size, "dropout add " + std::to_string(count));
     }
-  }
-}
-
-template <class T>
-void test_llm_int8(int64_t M, int64_t N, int64_t K, float threshold) {
-  const HostWeight host = make_weight(Format::kInt8, N, K, 64, false, unsigned(M + N + K));
-  const DeviceWeight device(host);
-  std::vector<T> x = random_values<T>(M * K, 7);
-  for (int64_t k = 3; k < K; k += 37) x[(k % M) * K + k] = narrow<T>(k % 2 ? 7.5 : -6.25);
-  std::vector<uint8_t> outlier(K, 0);
-  std::vector<int8_t> q(M * K);
-  std::vector<float> scale(M, 0.0f);
-  for (int64_t i = 0; i < M * K; ++i)
-    if (threshold > 0 && std::fabs(float(wide(x[i]))) >= threshold) outlier[i % K] = 1;
-  for (int64_t m = 0; m < M; ++m) {
-    for (int64_t k = 0; k < K; ++k) {  // small elements of outlier columns count
-      const float size = std::fabs(float(wide(x[m * K + k])));
-      if (threshold <= 0 || size < threshold) scale[m] = std::max(scale[m], size);
-    }
-    const float inverse = int8_inverse(scale[m]);
-    for (int64_t k = 0; k < K; ++k)
-      q[m * K + k] = outlier[k] ? 0 : int8_t(std::nearbyintf(float(wide(x[m * K + k])) * inverse));
-  }
-  Buffer in(x), codes(M * K), scales(M * sizeof(float)), flags(K);
-  QuantizeRowsParams p;
-  p.M = M;
-  p.K = K;
-  p.dtype = TypeOf<T>::value;
-  p.x = in.data();
-  p.threshold = threshold;
-  p.q = codes.as<int8_t>();
-  p.scale = scales.as<float>();
-  p.outlier = flags.as<uint8_t>();
-  cuda::quantize_rows(p);
-  check_bits(flags, outlier, "quantize_rows outliers");
-  check_bits(scales, scale, "quantize_rows scale");
-  check_bits(codes, q, "quantize_rows codes");
-
-  const std::vector<T> bias = random_values<T>(N, 8);
-  std::vector<int32_t> acc(M * N, 0);
-  std::vector<double> want, magnitude;
-  for (int64_t m = 0; m < M; ++m)
-    for (int64_t n = 0; n < N; ++n) {
-      double extra = wide(bias[n]), squares = extra * extra;
-      for (int64_t k = 0; k < K; ++k) {
-        acc[m * N + n] += int32_t(q[m * K + k]) * int32_t(int8_t(host.codes[n * K + k]));
-        const double term = outlier[k] ? wide(x[m * K + k]) * double(host.exact[n * K + k]) : 0.0;
-        extra += term;
-        squares += term * term;
-      }
-      const double product =
-          double(acc[m * N + n]) * double(scale[m]) * double(host.scales[n]) / (127.0 * 127.0);
-      want.push_back(product + extra);
-      magnitude.push_back(8 * std::sqrt(squares + product * product));
-    }
-  Buffer sums(acc), offsets(bias), y(want.size() * sizeof(T));
-  for (const bool has_acc : {true, false}) {
-    Int8EpilogueParams e;
-    e.w = device.view;
-    e.M = M;
-    e.dtype = p.dtype;
-    e.acc = has_acc ? sums.as<int32_t>() : nullptr;
-    e.q = codes.as<int8_t>();
-    e.scale = scales.as<float>();
-    e.outlier = threshold > 0 ? flags.as<uint8_t>() : nullptr;
-    e.x = in.data();
-    e.bias = offsets.data();
-    e.y = y.data();
-    y.poison();
-    cuda::int8_epilogue(e);
-    check_sums<T>(y, want, magnitude, std::string("int8_epilogue ") + (has_acc ? "acc" : "dp4a"));
   }
 }
 
@@ -199,16 +128,6 @@ void test_dropouts() {
     test_dropout<__nv_bfloat16>(4096, drop, 0);
     test_dropout<__half>(517, drop, 2);
     test_dropout<double>(77, drop, 0);
-  }
-}
-
-void test_llm_int8s() {
-  for (const float threshold : {0.0f, 6.0f}) {
-    test_llm_int8<__nv_bfloat16>(5, 33, 128, threshold);
-    test_llm_int8<__half>(3, 130, 45, threshold);
-    test_llm_int8<float>(70, 9, 341, threshold);
-    test_llm_int8<double>(2, 5, 64, threshold);
-    test_llm_int8<__nv_bfloat16>(9, 16, 9000, threshold);
   }
 }
 

@@ -1,81 +1,30 @@
-// LLM.int8() around the integer matmul (Dettmers et al. 2022, "LLM.int8()").
+// LLM.int8() behind a matrix of int32 sums from elsewhere, and the product itself for what the
+// tensor-core kernels (int8_skinny_fwd.cu, int8_wgmma.cu) do not take: float32 and float64, ragged
+// K.
 //
-//   quantize_rows  outlier [K] = any over rows |x| >= threshold
-//                  scale [M] = row absmax of what is no outlier; q [M, K] = round(x * 127 / scale),
-//                  0 in outlier columns
 //   int8_epilogue  y [M, N] = acc * scale_x * scale_w / 127^2 + sum over outlier columns x W + bias
 //                  acc [M, N] int32 from a matmul, or computed here (dp4a) when null
 //
 // Work split
-//   outliers: a thread owns 8 columns (or 1) and 32 rows; it only ever writes the value 1, so the
-//             order of threads does not matter
-//   rows:     a block a row, two passes
-//   epilogue with acc:    a block owns 32 x 128 of y, a thread 4 x 4; each block lists the outlier
-//             columns itself, in order, 4096 columns at a time: no host, no atomics
-//   epilogue without acc: a warp owns one n and 8 tokens, lanes share K
-// Bound: reading x, writing q; reading acc, writing y; for few tokens reading W once.
+//   with acc:    a block owns 32 x 128 of y, a thread 4 x 4; each block lists the outlier columns
+//                itself, in order, 4096 columns at a time: no host, no atomics
+//   without acc: a warp owns one n and 8 tokens, lanes share K
+// Bound: reading acc, writing y; for few tokens reading W once.
 #include "check.cuh"
 #include "device/decode.cuh"
 #include "device/reduce.cuh"
+#include "int8_outliers.cuh"
+#include "int8_skinny.h"
+#include "int8_wgmma.h"
 #include "launch.h"
 
 namespace fastpeft::cuda {
 
 namespace {
 
-constexpr int kThreads = 256, kWarps = kThreads / 32;
-constexpr int kFlagRows = 32;
+constexpr int kThreads = kOutlierThreads, kWarps = kThreads / 32;
 constexpr int kTileM = 32, kTileN32 = 128;  // epilogue with acc
-constexpr int kChunk = 16 * kThreads;       // outlier flags listed at a time
 constexpr int kDotTokens = 8;               // epilogue without acc
-
-template <class T, int kCount>
-__global__ void __launch_bounds__(kThreads)
-    find_outliers_kernel(const T* __restrict__ x, int64_t M, int64_t K, float threshold,
-                         uint8_t* __restrict__ outlier) {
-  const int64_t k = (int64_t(blockIdx.x) * kThreads + threadIdx.x) * kCount;
-  if (k >= K) return;
-  const int64_t begin = int64_t(blockIdx.y) * kFlagRows, end = min(begin + kFlagRows, M);
-  bool flags[kCount] = {};
-  for (int64_t m = begin; m < end; ++m) {
-    const Vec<T, kCount> row = load_vec<T, kCount>(x + m * K + k);
-#pragma unroll
-    for (int i = 0; i < kCount; ++i) flags[i] |= fabsf(float(to_acc(row.v[i]))) >= threshold;
-  }
-#pragma unroll
-  for (int i = 0; i < kCount; ++i)
-    if (flags[i]) outlier[k + i] = 1;
-}
-
-template <class T, int kCount>
-__global__ void __launch_bounds__(kThreads) quantize_rows_kernel(QuantizeRowsParams p) {
-  __shared__ float scratch[kWarps];
-  const int64_t row = int64_t(blockIdx.x) * p.K;
-  const T* x = static_cast<const T*>(p.x) + row;
-  const int64_t step = kThreads * kCount;
-  float top = 0.0f;
-  for (int64_t k = int64_t(threadIdx.x) * kCount; k < p.K; k += step) {
-    const Vec<T, kCount> v = load_vec<T, kCount>(x + k);
-#pragma unroll
-    for (int i = 0; i < kCount; ++i) {
-      const float a = fabsf(float(to_acc(v.v[i])));
-      if (p.threshold <= 0.0f || a < p.threshold) top = fmaxf(top, a);
-    }
-  }
-  top = block_max<kThreads>(top, scratch);
-  const float inverse = int8_inverse(top);
-  for (int64_t k = int64_t(threadIdx.x) * kCount; k < p.K; k += step) {
-    const Vec<T, kCount> v = load_vec<T, kCount>(x + k);
-    const Vec<uint8_t, kCount> flag = load_vec<uint8_t, kCount>(p.outlier + k);
-    Vec<int8_t, kCount> q;
-#pragma unroll
-    for (int i = 0; i < kCount; ++i)
-      q.v[i] =
-          flag.v[i] ? int8_t(0) : int8_t(__float2int_rn(__fmul_rn(float(to_acc(v.v[i])), inverse)));
-    store_vec<int8_t, kCount>(p.q + row + k, q);
-  }
-  if (threadIdx.x == 0) p.scale[blockIdx.x] = top;
-}
 
 template <class T>
 struct EpilogueArgs {
@@ -92,52 +41,6 @@ struct EpilogueArgs {
 
 __device__ __forceinline__ float int8_value(int8_t q, float absmax) {
   return __fmul_rn(__fmul_rn(float(q), absmax), kInt8Step);
-}
-
-// 16 int8 of a row from column k: one 16-byte load, or byte by byte.
-__device__ __forceinline__ uint4 load_codes(const int8_t* row, int64_t k, int64_t K,
-                                            bool is_aligned) {
-  uint4 out = make_uint4(0, 0, 0, 0);
-  if (is_aligned) return __ldg(reinterpret_cast<const uint4*>(row + k));
-  Vec<int8_t, 16> bytes = {};
-#pragma unroll
-  for (int i = 0; i < 16; ++i)
-    if (k + i < K) bytes.v[i] = row[k + i];
-  memcpy(&out, &bytes, 16);
-  return out;
-}
-
-// Lists, in order, the outlier columns of [begin, begin + kChunk) into `columns` (relative to
-// begin); returns their number. `counts` holds one int a warp.
-__device__ __forceinline__ int list_outliers(const uint8_t* outlier, int64_t begin, int64_t K,
-                                             bool is_aligned, uint16_t* columns, int* counts) {
-  const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
-  const int64_t k = begin + threadIdx.x * 16;
-  unsigned mask = 0;
-  if (k < K) {
-    const uint4 flags = load_codes(reinterpret_cast<const int8_t*>(outlier), k, K, is_aligned);
-    const uint32_t words[4] = {flags.x, flags.y, flags.z, flags.w};
-#pragma unroll
-    for (int i = 0; i < 16; ++i)
-      if (words[i / 4] >> (8 * (i % 4)) & 255u) mask |= 1u << i;
-  }
-  const int mine = __popc(mask);
-  int before = mine;  // inclusive scan over the warp
-#pragma unroll
-  for (int offset = 1; offset < 32; offset *= 2) {
-    const int other = __shfl_up_sync(kAllLanes, before, offset);
-    if (lane >= offset) before += other;
-  }
-  if (lane == 31) counts[warp] = before;
-  __syncthreads();
-  int at = before - mine, total = 0;
-  for (int i = 0; i < kWarps; ++i) {
-    if (i < warp) at += counts[i];
-    total += counts[i];
-  }
-  for (; mask; mask &= mask - 1) columns[at++] = uint16_t(threadIdx.x * 16 + __ffs(mask) - 1);
-  __syncthreads();
-  return total;
 }
 
 template <class T, bool kAligned>  // aligned: N % 4 == 0, acc and y at multiples of 16 bytes
@@ -256,42 +159,15 @@ __global__ void __launch_bounds__(kThreads) int8_dot_kernel(EpilogueArgs<T> a) {
   }
 }
 
-template <class T, int kCount>
-void launch_quantize_rows(const QuantizeRowsParams& p) {
-  const cudaStream_t stream = cuda_stream(p.stream);
-  const T* x = static_cast<const T*>(p.x);
-  const unsigned columns = grid_blocks(p.K, int64_t(kThreads) * kCount);
-  constexpr int64_t kRowsALaunch = 65535 * kFlagRows;  // gridDim.y's limit
-  for (int64_t begin = 0; p.threshold > 0.0f && begin < p.M; begin += kRowsALaunch) {
-    const int64_t rows = p.M - begin < kRowsALaunch ? p.M - begin : kRowsALaunch;
-    const dim3 grid(columns, unsigned(ceil_div<int64_t>(rows, kFlagRows)));
-    find_outliers_kernel<T, kCount>
-        <<<grid, kThreads, 0, stream>>>(x + begin * p.K, rows, p.K, p.threshold, p.outlier);
-    check_launch("find_outliers_kernel");
-  }
-  quantize_rows_kernel<T, kCount><<<grid_blocks(p.M, 1), kThreads, 0, stream>>>(p);
-  check_launch("quantize_rows_kernel");
-}
-
 }  // namespace
-
-void quantize_rows(const QuantizeRowsParams& p) {
-  if (p.K == 0) return;
-  FASTPEFT_CUDA_CHECK(cudaMemsetAsync(p.outlier, 0, p.K, cuda_stream(p.stream)));
-  if (p.M == 0) return;
-  dispatch(p.dtype, [&](auto tag) {
-    using T = typename decltype(tag)::type;
-    if (p.K % 8 == 0 && is_aligned(p.x, 16) && is_aligned(p.q, 8) && is_aligned(p.outlier, 8))
-      launch_quantize_rows<T, 8>(p);
-    else
-      launch_quantize_rows<T, 1>(p);
-  });
-}
 
 void int8_epilogue(const Int8EpilogueParams& p) {
   if (p.M == 0 || p.w.N == 0) return;
   FASTPEFT_CHECK(p.w.format == Format::kInt8, format_name(p.w.format),
                  ": int8_epilogue wants int8");
+  if (p.tile_tokens > 0) return int8_wgmma_fwd(p);
+  if (int8_skinny_fits(p)) return int8_skinny_fwd(p);
+  FASTPEFT_CHECK(p.s == nullptr, "int8_epilogue: this path adds no low-rank product");
   dispatch(p.dtype, [&](auto tag) {
     using T = typename decltype(tag)::type;
     EpilogueArgs<T> a;

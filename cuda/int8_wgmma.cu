@@ -1,0 +1,461 @@
+// LLM.int8() product for Hopper (sm_90a): int8 tensor cores, everything else behind them in
+// registers.
+//
+//   y [M, N] = (q codes^T) scale_x absmax / 127^2 + sum over outlier columns k of x[m, k] W[n, k]
+//              + scaling * s B^T + bias
+//   q int8 [M, K], codes int8 [N, K], scale_x [M], absmax [N]; x, s [M, R], B [N, R], y 16 bit
+//
+// Computed transposed (y^T = W q^T): 128 rows of W are wgmma's A operand, kTokens tokens its B,
+// both from shared memory by TMA with the 128-byte swizzle. The int32 sums stay in registers,
+// become float32 there (times scale_x / 127), take up the outlier columns and the low-rank product
+// as 16-bit k-blocks, and only then meet what belongs to rows: no matrix of sums in memory. Codes
+// are exact in 16 bit, so an outlier column costs no rounding.
+//
+//   ring of stages:   [q | codes] x K/128   [x_out | w_out] x outliers/64   [s | B]
+//   sums:              int32, then float32 (sum * scale_x / 127) ..........  * absmax / 127 /
+//   scaling
+//
+// Work: tile 128 rows x kTokens x 128 bytes of K. A block: warpgroup 0 = producer, warpgroups 1, 2
+// = consumers with 64 rows each. Clusters of two blocks take neighbouring row tiles of the same
+// tokens: each copies half of the tokens' tile into both (multicast), which takes L2 traffic from
+// 48 to 32 KB a k-block. A stage is free when the consumers of both blocks say so.
+//
+// Bound: tensor cores. A k-block of 128 rows x 256 tokens is 8 wgmma of 128 clocks (4096 int8
+// products a clock); 1979 TOPS at 1.755 GHz, less where power limits the clock. Few tokens (M <=
+// 128): reading W, 16 KB a k-block.
+#include <algorithm>
+
+#include "dependent_launch.cuh"
+#include "device/numbers.cuh"
+#include "device/sm90.cuh"
+#include "device/tensor_map.cuh"
+#include "device/wgmma_shared.cuh"
+#include "int8_wgmma.h"
+
+namespace fastpeft::cuda {
+
+namespace {
+
+constexpr int kRows = 128, kBlockBytes = 128, kThreads = 384;
+
+struct GemmArgs {
+  int M = 0, N = 0, K = 0, R = 0;
+  int kblocks = 0;   // of K
+  int pairs_r = 0;   // pairs of row tiles
+  int tiles_t = 0;   // tiles of tokens
+  int half = 0;      // tokens each block of a cluster copies: few tokens fill only part of a tile
+  int capacity = 0;  // outlier columns in the gathered matrices
+  const float* absmax = nullptr;  // [N]
+  const float* scale = nullptr;   // [M]
+  const int32_t* list = nullptr;  // outlier columns: their number, then the columns; or null
+  const int8_t* codes = nullptr;  // [N, K]: columns beyond the capacity
+  const void* x = nullptr;        // [M, K]: likewise
+  const void* bias = nullptr;     // [N] or null
+  float scaling = 1.0f;
+};
+
+template <class T_, int kTokens_>
+struct Config {
+  using T = T_;
+  static constexpr int kTokens = kTokens_;
+  static constexpr int kStages = kTokens == 256 ? 4 : 6;
+  static constexpr int kWBytes = kRows * kBlockBytes, kXBytes = kTokens * kBlockBytes;
+  static constexpr int kStageBytes = kWBytes + kXBytes;
+  // For each consumer warpgroup: first its tokens' scales, then 128 tokens x 64 rows on their way
+  // out.
+  static constexpr int kOutAt = kStages * kStageBytes, kOutBytes = 128 * 128;
+  static constexpr int kBarAt = kOutAt + 2 * kOutBytes;
+  static constexpr int kShared = kBarAt + 16 * kStages + 1024;
+  static_assert(kShared <= 232448, "shared memory of sm_90");
+};
+
+struct Maps {
+  CUtensorMap q, codes, y;   // int8 as pairs of bytes
+  CUtensorMap x_out, w_out;  // outlier columns
+  CUtensorMap s, b;          // low-rank product
+};
+
+// ---- bricks
+FASTPEFT_DEVICE void tma_load_both(uint32_t to, const CUtensorMap* map, uint32_t bar, int c0,
+                                   int c1) {
+  asm volatile(
+      "cp.async.bulk.tensor.2d.shared::cluster.global.mbarrier::complete_tx::bytes"
+      ".multicast::cluster [%0], [%1, {%3, %4}], [%2], %5;" ::"r"(to),
+      "l"(map), "r"(bar), "r"(c0), "r"(c1), "h"(uint16_t(3))
+      : "memory");
+}
+// On a barrier anywhere in the cluster. Without .release.cluster: nothing was written that the
+// other block reads, and the fence would cost more than the k-block.
+FASTPEFT_DEVICE void barrier_arrive_remote(uint32_t bar) {
+  asm volatile("mbarrier.arrive.shared::cluster.b64 _, [%0];" ::"r"(bar) : "memory");
+}
+FASTPEFT_DEVICE void store_matrices_transposed(uint32_t to, uint32_t a, uint32_t b, uint32_t c,
+                                               uint32_t d) {
+  asm volatile("stmatrix.sync.aligned.m8n8.x4.trans.shared.b16 [%0], {%1, %2, %3, %4};" ::"r"(to),
+               "r"(a), "r"(b), "r"(c), "r"(d)
+               : "memory");
+}
+
+struct Item {
+  int row = 0, token = 0;  // tile coordinates
+};
+
+// Pairs of row tiles in groups of kGroup, tokens outside them, so that neighbours in time share
+// both operands in L2.
+struct Schedule {
+  static constexpr int kGroup = 8;
+  int pairs_r, tiles_t, clusters, cluster;
+
+  FASTPEFT_DEVICE explicit Schedule(const GemmArgs& a)
+      : pairs_r(a.pairs_r), tiles_t(a.tiles_t), clusters(gridDim.x / 2), cluster(blockIdx.x / 2) {}
+  FASTPEFT_DEVICE int count() const {
+    const int total = pairs_r * tiles_t;
+    return total / clusters + (cluster < total % clusters);
+  }
+  FASTPEFT_DEVICE Item at(int i) const {
+    const int index = i * clusters + cluster, per = kGroup * tiles_t;
+    const int group = index / per, within = index - group * per;
+    const int width = min(kGroup, pairs_r - group * kGroup);
+    Item item;
+    item.token = within / width;
+    item.row = 2 * (group * kGroup + within - item.token * width) + int(blockIdx.x & 1);
+    return item;
+  }
+};
+
+template <int kStages>
+struct Ring {
+  int stage = 0;
+  uint32_t phase;
+  FASTPEFT_DEVICE explicit Ring(uint32_t first_phase) : phase(first_phase) {}
+  FASTPEFT_DEVICE void advance() {
+    if (++stage == kStages) stage = 0, phase ^= 1;
+  }
+};
+
+FASTPEFT_DEVICE int outlier_blocks(const GemmArgs& a) {
+  return a.list ? ceil_div(*a.list, 64) : 0;
+}
+
+// Elements [row, column 2 * lane, + 1] of a 128-byte-swizzled tile.
+FASTPEFT_DEVICE void store_swizzled(uint32_t tile, int row, int lane, uint32_t pair) {
+  const uint32_t at = tile + row * 128 + (((lane >> 2) ^ (row & 7)) << 4) + (lane & 3) * 4;
+  asm volatile("st.shared.b32 [%0], %1;" ::"r"(at), "r"(pair) : "memory");
+}
+
+// A stage of outlier columns beyond the capacity of the gathered matrices, taken from W and x by
+// the producer's four warps, a lane two columns: slow (a load an element), and as rare as that
+// many.
+template <class C>
+FASTPEFT_DEVICE void gather_block(const GemmArgs& a, const Item& item, int block, uint32_t to) {
+  using T = typename C::T;
+  const int lane = threadIdx.x & 31, warp = threadIdx.x / 32, count = *a.list;
+  const int first = block * 64 + 2 * lane;
+  const int k[2] = {first < count ? a.list[1 + first] : -1,
+                    first + 1 < count ? a.list[2 + first] : -1};
+#pragma unroll 4
+  for (int row = warp; row < kRows; row += 4) {
+    const int n = item.row * kRows + row;
+    float v[2];
+#pragma unroll
+    for (int e = 0; e < 2; e++)
+      v[e] = n < a.N && k[e] >= 0 ? float(a.codes[int64_t(n) * a.K + k[e]]) : 0.0f;
+    store_swizzled(to, row, lane, pack_pair<T>(v[0], v[1]));
+  }
+#pragma unroll 4
+  for (int row = warp; row < C::kTokens; row += 4) {
+    const int m = item.token * C::kTokens + row;
+    float v[2];
+#pragma unroll
+    for (int e = 0; e < 2; e++)
+      v[e] =
+          m < a.M && k[e] >= 0 ? to_acc(static_cast<const T*>(a.x)[int64_t(m) * a.K + k[e]]) : 0.0f;
+    store_swizzled(to + C::kWBytes, row, lane, pack_pair<T>(v[0], v[1]));
+  }
+  fence_async_proxy();
+}
+
+// Thread 0 drives the ring; the other threads of the producer only help with gathered stages.
+template <class C>
+FASTPEFT_DEVICE void produce(const Maps& maps, const GemmArgs& a, const Schedule& schedule,
+                             uint32_t base, uint32_t full0, uint32_t empty0) {
+  wait_for_predecessor();
+  const bool is_driver = threadIdx.x == 0;
+  const int rank = int(cluster_rank()), outliers = outlier_blocks(a);
+  const int copied = min(outliers, a.capacity / 64);
+  Ring<C::kStages> ring(1);
+  const auto load = [&](const CUtensorMap* w, const CUtensorMap* x, const Item& item, int column) {
+    if (is_driver) {
+      barrier_wait(empty0 + 8 * ring.stage, ring.phase);
+      const uint32_t full = full0 + 8 * ring.stage, to = base + ring.stage * C::kStageBytes;
+      barrier_expect(full, C::kWBytes + 2 * a.half * kBlockBytes);
+      tma_load_2d(to, w, full, column, item.row * kRows);
+      tma_load_both(to + C::kWBytes + rank * a.half * kBlockBytes, x, full, column,
+                    item.token * C::kTokens + rank * a.half);
+    }
+    ring.advance();
+  };
+  for (int i = 0, items = schedule.count(); i < items; i++) {
+    const Item item = schedule.at(i);
+    for (int kb = 0; kb < a.kblocks; kb++) load(&maps.codes, &maps.q, item, kb * 64);
+    for (int ob = 0; ob < copied; ob++) load(&maps.w_out, &maps.x_out, item, ob * 64);
+    for (int ob = copied; ob < outliers; ob++) {
+      if (is_driver) barrier_wait(empty0 + 8 * ring.stage, ring.phase);
+      named_barrier(3, 128);
+      gather_block<C>(a, item, ob, base + ring.stage * C::kStageBytes);
+      named_barrier(3, 128);
+      if (is_driver) barrier_arrive(full0 + 8 * ring.stage);
+      ring.advance();
+    }
+    if (a.R > 0) load(&maps.b, &maps.s, item, 0);
+  }
+}
+
+template <class C>
+struct Consumer {
+  using T = typename C::T;
+  static constexpr int kSums = C::kTokens / 2;
+  const GemmArgs& a;
+  const Maps& maps;
+  const uint32_t base, full0;
+  const int cw, warp, lane, g, t;
+  const uint32_t out;  // the warpgroup's staging area
+  uint32_t freed;      // lanes 0, 1: this stage's barrier in either block of the cluster
+  Ring<C::kStages> ring;
+  uint32_t sum[kSums];  // int32, later float32
+
+  FASTPEFT_DEVICE Consumer(const Maps& m, const GemmArgs& args, uint32_t base, uint32_t full0,
+                           uint32_t empty0)
+      : a(args),
+        maps(m),
+        base(base),
+        full0(full0),
+        cw(threadIdx.x / 128 - 1),
+        warp((threadIdx.x / 32) & 3),
+        lane(threadIdx.x & 31),
+        g(lane >> 2),
+        t(lane & 3),
+        out(base + C::kOutAt + cw * C::kOutBytes),
+        freed(cluster_address(empty0, lane & 1)),
+        ring(0) {}
+
+  FASTPEFT_DEVICE void release(int stage) const {
+    if (lane < 2) barrier_arrive_remote(freed + 8 * stage);
+  }
+  FASTPEFT_DEVICE uint64_t a_descriptor(int stage) const {
+    return swizzled_descriptor(base + stage * C::kStageBytes + cw * 64 * kBlockBytes);
+  }
+  FASTPEFT_DEVICE uint64_t b_descriptor(int stage) const {
+    return swizzled_descriptor(base + stage * C::kStageBytes + C::kWBytes);
+  }
+  FASTPEFT_DEVICE static float number(uint32_t v) { return __uint_as_float(v); }
+
+  FASTPEFT_DEVICE void integers() {
+    int previous = -1;
+    for (int kb = 0; kb < a.kblocks; kb++) {
+      barrier_wait(full0 + 8 * ring.stage, ring.phase);
+      const uint64_t w = a_descriptor(ring.stage), x = b_descriptor(ring.stage);
+      wgmma_fence();
+#pragma unroll
+      for (int step = 0; step < 4; step++)
+        WgmmaSS<C::kTokens>::mma_s8(sum, w + 2 * step, x + 2 * step, kb > 0 || step > 0);
+      wgmma_commit();
+      wgmma_wait<1>();
+      if (previous >= 0) release(previous);
+      previous = ring.stage;
+      ring.advance();
+    }
+    finish(previous);
+  }
+  FASTPEFT_DEVICE void finish(int stage) {
+    wgmma_wait<0>();
+#pragma unroll
+    for (int e = 0; e < kSums; e++) asm volatile("" : "+r"(sum[e])::"memory");
+    release(stage);
+  }
+  // One more k-block of 64 in 16 bit.
+  FASTPEFT_DEVICE void add_block() {
+    barrier_wait(full0 + 8 * ring.stage, ring.phase);
+    const uint64_t w = a_descriptor(ring.stage), x = b_descriptor(ring.stage);
+#pragma unroll
+    for (int e = 0; e < kSums; e++) asm volatile("" : "+r"(sum[e])::"memory");
+    wgmma_fence();
+#pragma unroll
+    for (int step = 0; step < 4; step++) {
+      if constexpr (std::is_same_v<T, bf16>)
+        WgmmaSS<C::kTokens>::mma_bf16(sum, w + 2 * step, x + 2 * step, 1);
+      else
+        WgmmaSS<C::kTokens>::mma_fp16(sum, w + 2 * step, x + 2 * step, 1);
+    }
+    wgmma_commit();
+    finish(ring.stage);
+    ring.advance();
+  }
+  // Nobody of the warpgroup, nor a copy on its way out, reads the staging area any more.
+  FASTPEFT_DEVICE void wait_staging() const {
+    if ((threadIdx.x & 127) == 0) store_wait_read();
+    named_barrier(1 + cw, 128);
+  }
+
+  // Transposes through shared memory ([token][64 rows], 128-byte swizzle) and stores by TMA, 128
+  // tokens at a time; y = sum * factor + shift, either of rows n and n + 8.
+  FASTPEFT_DEVICE void store(const Item& item, const float (&factor)[2], const float (&shift)[2]) {
+    const uint32_t chunk = 2 * warp + ((lane >> 3) & 1), token = lane & 7;
+    const uint32_t to = out + ((lane >> 4) * 8 + token) * 128 + ((chunk ^ token) << 4);
+#pragma unroll
+    for (int round = 0; round < C::kTokens / 128; round++) {
+      wait_staging();
+#pragma unroll
+      for (int j = 0; j < 16; j += 2) {
+        uint32_t packed[4];
+#pragma unroll
+        for (int i = 0; i < 4; i++) {
+          const int at = 4 * (16 * round + j + i / 2) + 2 * (i % 2);
+          packed[i] = pack_pair<T>(fmaf(number(sum[at]), factor[i % 2], shift[i % 2]),
+                                   fmaf(number(sum[at + 1]), factor[i % 2], shift[i % 2]));
+        }
+        store_matrices_transposed(to + j * 1024, packed[0], packed[1], packed[2], packed[3]);
+      }
+      fence_async_proxy();
+      named_barrier(1 + cw, 128);
+      if ((threadIdx.x & 127) == 0) {
+#pragma unroll
+        for (int group = 0; group < 2; group++)
+          tma_store_2d(&maps.y, out + group * 8192, item.row * kRows + cw * 64,
+                       item.token * C::kTokens + round * 128 + group * 64);
+        store_commit();
+      }
+    }
+  }
+
+  FASTPEFT_DEVICE void run(const Schedule& schedule) {
+    wait_for_predecessor();
+    const int outliers = outlier_blocks(a);
+    const int thread = threadIdx.x & 127;
+    for (int i = 0, items = schedule.count(); i < items; i++) {
+      const Item item = schedule.at(i);
+      const int n = item.row * kRows + cw * 64 + warp * 16 + g;
+      float token_scale[C::kTokens / 128], factor[2], shift[2];
+#pragma unroll
+      for (int j = 0; j < C::kTokens / 128; j++) {
+        const int m = item.token * C::kTokens + j * 128 + thread;
+        token_scale[j] = m < a.M ? a.scale[m] * (1.0f / 127.0f) : 0.0f;
+      }
+#pragma unroll
+      for (int e = 0; e < 2; e++) {
+        const bool is_row = n + 8 * e < a.N;
+        factor[e] = is_row ? a.absmax[n + 8 * e] * kInt8Step : 0.0f;
+        shift[e] = is_row && a.bias ? to_acc(static_cast<const T*>(a.bias)[n + 8 * e]) : 0.0f;
+      }
+      integers();
+      wait_staging();
+#pragma unroll
+      for (int j = 0; j < C::kTokens / 128; j++)
+        asm volatile("st.shared.f32 [%0], %1;" ::"r"(out + (j * 128 + thread) * 4),
+                     "f"(token_scale[j])
+                     : "memory");
+      named_barrier(1 + cw, 128);
+#pragma unroll
+      for (int j = 0; j < C::kTokens / 8; j++) {
+        float s[2];
+        asm volatile("ld.shared.v2.f32 {%0, %1}, [%2];"
+                     : "=f"(s[0]), "=f"(s[1])
+                     : "r"(out + (8 * j + 2 * t) * 4)
+                     : "memory");
+#pragma unroll
+        for (int e = 0; e < 4; e++)
+          sum[4 * j + e] = __float_as_uint(float(int(sum[4 * j + e])) * s[e % 2]);
+      }
+#pragma unroll 1
+      for (int ob = 0; ob < outliers; ob++) add_block();
+      if (a.R > 0) {
+#pragma unroll
+        for (int e = 0; e < kSums; e++)
+          sum[e] = __float_as_uint(number(sum[e]) * (factor[e / 2 % 2] / a.scaling));
+        factor[0] = factor[1] = a.scaling;
+        add_block();
+      }
+      store(item, factor, shift);
+    }
+    if (thread == 0) store_wait();
+  }
+};
+
+template <class C>
+__global__ void __launch_bounds__(kThreads, 1)
+    int8_wgmma_kernel(const __grid_constant__ Maps maps, const __grid_constant__ GemmArgs a) {
+#if defined(__CUDA_ARCH_FEAT_SM90_ALL)
+  extern __shared__ uint8_t raw[];
+  const uint32_t base = (shared_address(raw) + 1023u) & ~1023u;
+  const uint32_t full0 = base + C::kBarAt, empty0 = full0 + 8 * C::kStages;
+  if (threadIdx.x == 0) {
+    for (int i = 0; i < C::kStages; i++) {
+      barrier_init(full0 + 8 * i, 1);
+      barrier_init(empty0 + 8 * i, 16);  // consumer warps of both blocks
+    }
+    barrier_init_fence();
+    fence_async_proxy();
+  }
+  cluster_sync();
+  launch_dependents();
+  const Schedule schedule(a);
+  if (threadIdx.x < 128) {
+    asm volatile("setmaxnreg.dec.sync.aligned.u32 56;");
+    produce<C>(maps, a, schedule, base, full0, empty0);
+  } else {
+    asm volatile("setmaxnreg.inc.sync.aligned.u32 224;");
+    Consumer<C>(maps, a, base, full0, empty0).run(schedule);
+  }
+  cluster_sync();  // no block leaves while its neighbour copies into its shared memory
+#endif
+}
+
+// ---- host
+template <class C>
+void launch(const Int8EpilogueParams& p, GemmArgs a) {
+  a.tiles_t = ceil_div(a.M, C::kTokens);
+  a.half = std::min(C::kTokens, int(round_up(a.M, 16))) / 2;
+  bind_context();
+  Maps maps;
+  maps.q = matrix_map(p.q, p.w.K / 2, p.M, 64, a.half);
+  maps.codes = matrix_map(p.w.codes, p.w.K / 2, p.w.N, 64, kRows);
+  maps.y = matrix_map(p.y, p.w.N, p.M, 64, 64);
+  const bool has_columns = a.list != nullptr && a.capacity > 0;
+  maps.x_out = has_columns ? matrix_map(p.columns.x, a.capacity, p.M, 64, a.half) : maps.q;
+  maps.w_out = has_columns ? matrix_map(p.columns.w, a.capacity, p.w.N, 64, kRows) : maps.codes;
+  maps.s = a.R ? matrix_map(p.s, a.R, p.M, 64, a.half) : maps.q;
+  maps.b = a.R ? matrix_map(p.lora_b, a.R, p.w.N, 64, kRows) : maps.codes;
+  allow_shared_memory(reinterpret_cast<const void*>(int8_wgmma_kernel<C>), C::kShared);
+  const int clusters = std::min(a.pairs_r * a.tiles_t, device_facts().sm_count / 2);
+  launch_kernel(int8_wgmma_kernel<C>, "int8_wgmma_kernel", dim3(unsigned(2 * clusters)), kThreads,
+                C::kShared, p.stream, 2, maps, a);
+}
+
+}  // namespace
+
+void int8_wgmma_fwd(const Int8EpilogueParams& p) {
+  FASTPEFT_CHECK(p.outlier == nullptr || p.columns.list != nullptr,
+                 "int8_wgmma_fwd: outlier columns are not listed");
+  GemmArgs a;
+  a.M = int(p.M);
+  a.N = int(p.w.N);
+  a.K = int(p.w.K);
+  a.R = p.s && p.scaling != 0.0f ? int(p.R) : 0;
+  a.kblocks = int(ceil_div<int64_t>(p.w.K, kBlockBytes));
+  a.pairs_r = int(ceil_div<int64_t>(p.w.N, 2 * kRows));
+  a.capacity = int(p.columns.capacity);
+  a.absmax = static_cast<const float*>(p.w.scales);
+  a.scale = p.scale;
+  a.list = p.outlier ? p.columns.list : nullptr;
+  a.codes = static_cast<const int8_t*>(p.w.codes);
+  a.x = p.x;
+  a.bias = p.bias;
+  a.scaling = p.scaling;
+  const bool is_wide = p.tile_tokens == 256;
+  if (p.dtype == DType::kBFloat16)
+    is_wide ? launch<Config<bf16, 256>>(p, a) : launch<Config<bf16, 128>>(p, a);
+  else
+    is_wide ? launch<Config<fp16, 256>>(p, a) : launch<Config<fp16, 128>>(p, a);
+}
+
+}  // namespace fastpeft::cuda
