@@ -16,6 +16,7 @@
 #include "int8_skinny.h"
 #include "int8_weight_wgmma.h"
 #include "launch.h"
+#include "qlinear_dense.h"
 #include "qlinear_skinny.cuh"
 #include "qlinear_wgmma.h"
 
@@ -180,7 +181,7 @@ void launch_dgrad(const QLinearDgradParams& p, const W& w, const Codebook& book)
 
 void qlinear_fwd(const QLinearFwdParams& p) {
   if (p.M == 0 || p.w.N == 0) return;
-  FASTPEFT_CHECK(p.w.format != Format::kDense, "qlinear_fwd: a dense weight has nothing to decode");
+  if (p.w.format == Format::kDense) return qlinear_dense_fwd(p);
   if (p.plan.kernel == KernelId::kWgmma)
     return p.w.format == Format::kInt8 ? int8_weight_wgmma_fwd(p) : qlinear_wgmma_fwd(p);
   if (p.plan.kernel == KernelId::kNarrow) return qlinear_narrow_fwd(p);
@@ -197,8 +198,7 @@ void qlinear_fwd(const QLinearFwdParams& p) {
 
 void qlinear_dgrad(const QLinearDgradParams& p) {
   if (p.M == 0 || p.w.K == 0) return;
-  FASTPEFT_CHECK(p.w.format != Format::kDense,
-                 "qlinear_dgrad: a dense weight has nothing to decode");
+  if (p.w.format == Format::kDense) return qlinear_dense_dgrad(p);
   if (p.plan.kernel == KernelId::kWgmma)
     return p.w.format == Format::kInt8 ? int8_weight_wgmma_dgrad(p) : qlinear_wgmma_dgrad(p);
   if (p.plan.kernel == KernelId::kNarrow) return qlinear_narrow_dgrad(p);

@@ -46,6 +46,19 @@ TILES = [
         )
     )
 ]
+# a dense base and its branch as one product (tiles that fill the device), and gradients of the
+# factors from one pass over dy; then the ranks and tokens beside those
+LORA_SIZES = [
+    Case("dense", dtype, M, N, K, R, bias=bias, dropout=dropout)
+    for dtype, M, N, K, R, bias, dropout in (
+        ("bfloat16", 2048, 4096, 512, 16, True, 0.0),
+        ("bfloat16", 2048, 512, 4096, 64, False, 0.0),
+        ("bfloat16", 2077, 512, 4096, 8, False, 0.25),
+        ("float16", 2048, 1024, 520, 16, True, 0.0),
+        ("bfloat16", 2048, 1024, 520, 13, True, 0.25),
+        ("float16", 300, 520, 1032, 24, False, 0.5),
+    )
+]
 
 
 def make_layer(dropout: float = 0.0, N: int = 80, K: int = 192):
@@ -99,7 +112,7 @@ def capture(work):
     return graph, results
 
 
-@pytest.mark.parametrize("case", MODEL_SIZED + TILES, ids=str)
+@pytest.mark.parametrize("case", MODEL_SIZED + TILES + LORA_SIZES, ids=str)
 def test_sizes_of_real_layers(cuda, case):
     kernelkit.check(case, cuda)
 

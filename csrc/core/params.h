@@ -177,19 +177,73 @@ struct BottleneckOutParams {
   Stream stream = nullptr;
 };
 
+// s = scale * drop(x) F^T: S of the forward pass, and with F = B^T (transposed) dS of the backward.
+struct LoraShrinkParams {
+  int64_t M = 0, K = 0, R = 0;
+  DType dtype = DType::kFloat32;
+  const void* x = nullptr;       // [M, K]
+  const void* factor = nullptr;  // [R, K], or [K, R] when is_transposed
+  bool is_transposed = false;
+  float scale = 1.0f;             // beside dropout's own 1 / (1 - p)
+  float p = 0.0f;                 // as in DropoutParams
+  const int64_t* seed = nullptr;  // [1], on the tensor's device; unused when p is 0
+  void* s = nullptr;              // [M, R]
+  Stream stream = nullptr;
+};
+
+// out (+)= drop(scale * s F^T) + bias: the low-rank branch of y, and with F = A^T (transposed) of
+// dx.
+struct LoraExpandParams {
+  int64_t M = 0, C = 0, R = 0;
+  DType dtype = DType::kFloat32;
+  const void* s = nullptr;       // [M, R]
+  const void* factor = nullptr;  // [C, R], or [R, C] when is_transposed
+  bool is_transposed = false;
+  const void* bias = nullptr;     // [C] or null
+  float scale = 1.0f;             // beside dropout's own 1 / (1 - p)
+  float p = 0.0f;                 // as in DropoutParams, by the place in out
+  const int64_t* seed = nullptr;  // [1], on the tensor's device; unused when p is 0
+  bool add = false;
+  void* out = nullptr;  // [M, C]
+  Stream stream = nullptr;
+};
+
+// ds = scaling * dy B, dB = scaling * dy^T s, dA = ds^T drop(x).
+struct LoraWgradParams {
+  int64_t M = 0, N = 0, K = 0, R = 0;
+  DType dtype = DType::kFloat32;
+  const void* x = nullptr;       // [M, K]
+  const void* dy = nullptr;      // [M, N]
+  const void* s = nullptr;       // [M, R], of the forward pass
+  const void* lora_b = nullptr;  // [N, R]
+  float scaling = 1.0f;
+  float p = 0.0f;                      // as in DropoutParams
+  const int64_t* seed = nullptr;       // [1], on the tensor's device; unused when p is 0
+  void* ds = nullptr;                  // [M, R]
+  DType grad_dtype = DType::kFloat32;  // of dA and dB: dtype or float32
+  void* dA = nullptr;                  // [R, K]
+  void* dB = nullptr;                  // [N, R]
+  void* workspace = nullptr;           // lora_wgrad_workspace() bytes
+  Stream stream = nullptr;
+};
+
 // The kernels a backend offers; csrc/cpu/cpu.h and cuda/launch.h declare the same names.
-#define FASTPEFT_DECLARE_KERNELS                       \
-  void quantize(const QuantizeParams&);                \
-  void quantize_absmax(const QuantizeAbsmaxParams&);   \
-  void tile(const TileParams&);                        \
-  void dequantize(const DequantizeParams&);            \
-  void qlinear_fwd(const QLinearFwdParams&);           \
-  void qlinear_dgrad(const QLinearDgradParams&);       \
-  void dropout(const DropoutParams&);                  \
-  void quantize_rows(const QuantizeRowsParams&);       \
-  void int8_epilogue(const Int8EpilogueParams&);       \
-  void bottleneck_act_fwd(const BottleneckActParams&); \
-  void bottleneck_act_bwd(const BottleneckActParams&); \
+#define FASTPEFT_DECLARE_KERNELS                        \
+  void quantize(const QuantizeParams&);                 \
+  void quantize_absmax(const QuantizeAbsmaxParams&);    \
+  void tile(const TileParams&);                         \
+  void dequantize(const DequantizeParams&);             \
+  void qlinear_fwd(const QLinearFwdParams&);            \
+  void qlinear_dgrad(const QLinearDgradParams&);        \
+  void dropout(const DropoutParams&);                   \
+  void lora_shrink(const LoraShrinkParams&);            \
+  void lora_expand(const LoraExpandParams&);            \
+  void lora_wgrad(const LoraWgradParams&);              \
+  int64_t lora_wgrad_workspace(const LoraWgradParams&); \
+  void quantize_rows(const QuantizeRowsParams&);        \
+  void int8_epilogue(const Int8EpilogueParams&);        \
+  void bottleneck_act_fwd(const BottleneckActParams&);  \
+  void bottleneck_act_bwd(const BottleneckActParams&);  \
   void bottleneck_out(const BottleneckOutParams&);
 
 }  // namespace fastpeft

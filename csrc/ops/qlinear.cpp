@@ -3,9 +3,11 @@
 
 namespace fastpeft::ops {
 
-Tensor drop(const Backend& backend, const Tensor& x, double p, const OptionalTensor& seed);
-void drop_add(const Backend& backend, const Tensor& y, const Tensor& x, double p,
+Tensor shrink(const Backend& backend, const Tensor& x, const Tensor& lora_A, double dropout_p,
               const OptionalTensor& seed);
+void expand(const Backend& backend, const Tensor& out, const Tensor& s, const Tensor& factor,
+            bool is_transposed, const OptionalTensor& bias, double scale, double dropout_p,
+            const OptionalTensor& seed, bool add);
 
 namespace {
 
@@ -143,6 +145,19 @@ void fused_fwd(const Backend& backend, const WeightArgs& w, const Plan& plan, DT
   FASTPEFT_RUN(backend, qlinear_fwd, p);
 }
 
+// Whether cuda/qlinear_dense.cu runs a dense base with its branch: many tokens, and tiles of 256 x
+// 256 that fill its pairs of multiprocessors nearly as well as torch's smaller ones would.
+bool is_one_product(const Backend& backend, const WeightView& w, Direction direction, DType dtype,
+                    int64_t M, int64_t R) {
+  if (!backend.runs_sm90a() || dtype != DType::kBFloat16 || M < 1024 || R > 64 || R % 8 != 0)
+    return false;
+  const int64_t rows = direction == Direction::kFwd ? w.N : w.K;
+  const int64_t tiles = ceil_div<int64_t>(rows, 256) * ceil_div<int64_t>(M, 256);
+  const int64_t pairs = backend.sm_count() / 2, waves = ceil_div(tiles, pairs);
+  return w.N % 8 == 0 && w.K % 8 == 0 && reinterpret_cast<uintptr_t>(w.codes) % 16 == 0 &&
+         10 * tiles >= 9 * waves * pairs;
+}
+
 void panels_fwd(const Backend& backend, const WeightArgs& w, DType dtype, int64_t panel_rows,
                 const Tensor& x, const OptionalTensor& bias, const Tensor& y) {
   const int64_t M = x.size(0), N = w.view.N, K = w.view.K;
@@ -182,8 +197,20 @@ bool base_fwd(const Backend& backend, const WeightArgs& w, DType dtype, double t
       panels_fwd(backend, w, dtype, plan.panel_rows, x, bias, y);
       return false;
     case KernelId::kDense:
-      linear(y, x, w.codes, bias);
-      return false;
+      if (!lora || !backend.is_cuda()) {
+        linear(y, x, w.codes, bias);
+        return false;
+      }
+      if (is_one_product(backend, w.view, Direction::kFwd, dtype, x.size(0), R)) {
+        Plan one = plan;
+        one.fuses_lora = true;
+        fused_fwd(backend, w, one, dtype, x, bias, lora, y);
+        return true;
+      }
+      // Branch and bias first, then the product onto them: y is written twice and read once.
+      expand(backend, y, lora->s, lora->b, false, bias, lora->scaling, 0.0, {}, false);
+      addmm(y, y, x, transposed(w.codes));
+      return true;
     case KernelId::kIntMatmul:
     case KernelId::kDequantMatmul:
       break;
@@ -226,24 +253,13 @@ std::tuple<Tensor, Tensor> qlinear_fwd(const Tensor& x, const Tensor& codes,
     check_matrix("lora_B", *lora_B, N, R);
     check_dropout(dropout_p, seed, x);
     const Tensor a = parameter("lora_A", *lora_A, x);
-    lora = LowRank{empty({M, R}, x.scalar_type(), x), parameter("lora_B", *lora_B, x), scaling};
-    if (M > 0) {
-      const ScalarType wide = product_dtype(backend, x.scalar_type());
-      const Tensor z = dropout_p > 0.0 ? drop(backend, rows, dropout_p, seed) : rows;
-      const Tensor wide_a = as_dtype(a, wide);
-      Tensor wide_s = wide == x.scalar_type() ? lora->s : empty({M, R}, wide, x);
-      const int64_t most = product_rows(x.scalar_type(), wide, M);
-      for (int64_t m = 0; m < M; m += most) {
-        const int64_t count = std::min(most, M - m);
-        mm(matrix_view(wide_s, count, R, R, 1, m * R),
-           as_dtype(matrix_view(z, count, K, K, 1, m * K), wide), transposed(wide_a));
-      }
-      lora->s = as_dtype(wide_s, x.scalar_type());
-    }
+    lora = LowRank{shrink(backend, rows, a, dropout_p, seed), parameter("lora_B", *lora_B, x),
+                   scaling};
   }
   if (M > 0) {
     const bool is_added = base_fwd(backend, w, dtype, threshold, rows, bias_x, lora, y_rows);
-    if (lora && !is_added) addmm(y_rows, y_rows, lora->s, transposed(lora->b), 1.0, scaling);
+    if (lora && !is_added)
+      expand(backend, y_rows, lora->s, lora->b, false, {}, scaling, 0.0, {}, true);
   }
   return {y, lora ? lora->s : empty({0}, x.scalar_type(), x)};
 }
@@ -270,14 +286,17 @@ Tensor qlinear_dgrad(const Tensor& dy, const Tensor& codes, const OptionalTensor
     check_dtype("ds", *ds, dy.scalar_type());
     check_device("ds", *ds, "dy", dy);
     check_dropout(dropout_p, seed, dy);
-    low_rank = contiguous_of(*ds);
+    low_rank = aligned(*ds);
     a = parameter("lora_A", *lora_A, dy);
   }
   if (M == 0) return dx;
   const Plan plan = plan_for(backend, w.view, Direction::kDgrad, dtype, M, R);
-  const bool is_fused = plan.kernel == KernelId::kFused || plan.kernel == KernelId::kWgmma ||
-                        plan.kernel == KernelId::kNarrow;
-  const bool fuses_ds = is_fused && plan.fuses_lora && ds && dropout_p == 0.0;
+  const bool is_one = plan.kernel == KernelId::kDense && ds && dropout_p == 0.0 &&
+                      is_one_product(backend, w.view, Direction::kDgrad, dtype, M, R);
+  const bool is_fused =
+      plan.kernel == KernelId::kFused || plan.kernel == KernelId::kWgmma ||
+                        plan.kernel == KernelId::kNarrow || is_one;
+  const bool fuses_ds = is_fused && (plan.fuses_lora || is_one) && ds && dropout_p == 0.0;
   if (is_fused) {
     QLinearDgradParams p;
     p.w = w.view;
@@ -293,6 +312,10 @@ Tensor qlinear_dgrad(const Tensor& dy, const Tensor& codes, const OptionalTensor
     p.dx = dx.data_ptr();
     p.stream = backend.stream();
     FASTPEFT_RUN(backend, qlinear_dgrad, p);
+  } else if (w.view.format == Format::kDense && ds && backend.is_cuda()) {
+    expand(backend, dx_rows, *low_rank, *a, true, {}, 1.0, dropout_p, seed, false);
+    addmm(dx_rows, dx_rows, rows, w.codes);
+    return dx;
   } else if (w.view.format == Format::kDense) {
     mm(dx_rows, rows, w.codes);
   } else {
@@ -302,14 +325,8 @@ Tensor qlinear_dgrad(const Tensor& dy, const Tensor& codes, const OptionalTensor
     dequantize_rows(backend, w.view, dtype, 0, N, dense);
     mm(dx_rows, rows, dense);
   }
-  if (!ds || fuses_ds) return dx;
-  if (dropout_p == 0.0) {
-    addmm(dx_rows, dx_rows, *low_rank, *a);
-    return dx;
-  }
-  Tensor branch = empty({M, K}, dy.scalar_type(), dy);
-  mm(branch, *low_rank, *a);
-  drop_add(backend, dx_rows, branch, dropout_p, seed);
+  if (ds && !fuses_ds)
+    expand(backend, dx_rows, *low_rank, *a, true, {}, 1.0, dropout_p, seed, true);
   return dx;
 }
 

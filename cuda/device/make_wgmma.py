@@ -1,5 +1,6 @@
 """Writes wgmma.cuh: wgmma m64nNk16, A (bf16) from registers, B from shared memory, float32 sums;
-and wgmma_shared.cuh: A and B from shared memory, int8 or 16 bit, sums as bits.
+wgmma_shared.cuh: A and B from shared memory, int8 or 16 bit, sums as bits; and wgmma_ss.cuh: the
+same for bf16 with A in either order.
 """
 
 from pathlib import Path
@@ -101,6 +102,35 @@ def write(name: str, text: str) -> None:
     Path(__file__).with_name(name).write_text(text)
 
 
+SS = """// clang-format off
+// Written by make_wgmma.py: change that, not this.
+// wgmma m64n256k16, A and B (bf16) from shared memory by descriptors; kColumnMajor: A stands with
+// its rows contiguous (transposed). float32 d = a . b + (accumulate ? d : 0).
+#pragma once
+#include <cstdint>
+
+namespace fastpeft::cuda {{
+
+template <bool kColumnMajor>
+__device__ __forceinline__ void wgmma_shared(float (&d)[128], uint64_t a_desc, uint64_t b_desc,
+                                             int accumulate) {{
+  asm volatile(
+      "{{\\n.reg .pred p;\\nsetp.ne.b32 p, %130, 0;\\n"
+      "wgmma.mma_async.sync.aligned.m64n256k16.f32.bf16.bf16 "
+      "{{{d}}}, "
+      "%128, %129, p, 1, 1, %131, 0;\\n}}\\n"
+      : {outs}
+      : "l"(a_desc), "l"(b_desc), "r"(accumulate), "n"(kColumnMajor ? 1 : 0));
+}}
+
+}}  // namespace fastpeft::cuda
+"""
+
+
 if __name__ == "__main__":
     write("wgmma.cuh", HEAD + "".join(instruction(n) for n in (16, 32, 64, 128, 256)))
     write("wgmma_shared.cuh", SHARED_HEAD + "".join(shared_instructions(n) for n in (128, 256)))
+    names = [f"%{i}" for i in range(128)]
+    outs = [f'"+f"(d[{i}])' for i in range(128)]
+    text = SS.format(d=", ".join(names), outs=", ".join(outs))
+    Path(__file__).with_name("wgmma_ss.cuh").write_text(text)

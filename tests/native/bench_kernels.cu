@@ -5,6 +5,7 @@
 #include <algorithm>
 #include <functional>
 #include <memory>
+#include <stdexcept>
 
 #include "../../cuda/launch.h"
 #include "host.h"
@@ -339,6 +340,99 @@ void bench_rest() {
   });
 }
 
+// The narrow products of LoRA, over rotated activations.
+void bench_lora() {
+  const size_t total = 1ll << 29;
+  Device activations(total), grads(total), factor(28672 * 64 * 2), low(8192 * 64 * 2),
+      narrow(8192 * 64 * 2), dA(28672 * 64 * 4), dB(28672 * 64 * 4), seed(8), space(256 << 20);
+  for (const Device* d : {&activations, &grads}) fill_values(d->p, total / 2);
+  fill_values(factor.p, 28672 * 64);
+  fill_values(low.p, 8192 * 64);
+  NATIVE_CUDA(cudaMemset(seed.p, 1, 8));
+  const auto copy_of = [total](const Device& d, int64_t bytes, int i) {
+    return static_cast<char*>(d.p) + i % int64_t(total / bytes) * bytes;
+  };
+  const auto copies_of = [total](int64_t bytes) {
+    return int(std::min<int64_t>(64, std::max<int64_t>(1, kRotateBytes / bytes)));
+  };
+  for (const int64_t K : {4096, 14336})
+    for (const int64_t R : {16, 64})
+      for (const int64_t M : {1, 16, 64, 1024, 8192})
+        for (const int kind : {0, 1, 2}) {
+          const char* names[] = {"lora_shrink", "lora_shrink dropout", "lora_shrink transposed"};
+          const Shape shape{R, K};
+          time_case(label(names[kind], shape, M), copies_of(M * K * 2), 2.0 * M * K,
+                    [&](int i, cudaStream_t stream) {
+                      LoraShrinkParams p;
+                      p.M = M;
+                      p.K = K;
+                      p.R = R;
+                      p.dtype = DType::kBFloat16;
+                      p.x = copy_of(activations, M * K * 2, i);
+                      p.factor = factor.p;
+                      p.is_transposed = kind == 2;
+                      p.p = kind == 1 ? 0.1f : 0.0f;
+                      p.seed = static_cast<int64_t*>(seed.p);
+                      p.s = narrow.p;
+                      p.stream = stream;
+                      cuda::lora_shrink(p);
+                    });
+        }
+  for (const int64_t C : {4096, 14336})
+    for (const int64_t R : {16})
+      for (const int64_t M : {16, 1024, 8192})
+        for (const int kind : {0, 1, 2}) {
+          const char* names[] = {"lora_expand", "lora_expand dropout", "lora_expand add"};
+          const Shape shape{C, R};
+          time_case(label(names[kind], shape, M), copies_of(M * C * 2),
+                    (kind == 2 ? 4.0 : 2.0) * M * C, [&](int i, cudaStream_t stream) {
+                      LoraExpandParams p;
+                      p.M = M;
+                      p.C = C;
+                      p.R = R;
+                      p.dtype = DType::kBFloat16;
+                      p.s = low.p;
+                      p.factor = factor.p;
+                      p.is_transposed = kind == 1;
+                      p.p = kind == 1 ? 0.1f : 0.0f;
+                      p.seed = static_cast<int64_t*>(seed.p);
+                      p.add = kind == 2;
+                      p.out = copy_of(grads, M * C * 2, i);
+                      p.stream = stream;
+                      cuda::lora_expand(p);
+                    });
+        }
+  for (const Shape& s : {Shape{4096, 4096}, Shape{14336, 4096}, Shape{4096, 14336}})
+    for (const int64_t R : {16, 64})
+      for (const int64_t M : {1, 64, 1024, 8192})
+        for (const bool drops : {false, true}) {
+          if (drops && M < 8192) continue;
+          const std::string tail = " R=" + std::to_string(R) + (drops ? " dropout" : "");
+          LoraWgradParams p;
+          p.M = M;
+          p.N = s.N;
+          p.K = s.K;
+          p.R = R;
+          p.dtype = DType::kBFloat16;
+          p.s = low.p;
+          p.lora_b = factor.p;
+          p.p = drops ? 0.1f : 0.0f;
+          p.seed = static_cast<int64_t*>(seed.p);
+          p.ds = narrow.p;
+          p.dA = dA.p;
+          p.dB = dB.p;
+          p.workspace = space.p;
+          if (cuda::lora_wgrad_workspace(p) > 256 << 20) throw std::runtime_error("workspace");
+          time_case(label("lora_wgrad", s, M, tail.c_str()), copies_of(M * s.K * 2),
+                    2.0 * M * (s.N + s.K), [&](int i, cudaStream_t stream) {
+                      p.x = copy_of(activations, M * s.K * 2, i);
+                      p.dy = copy_of(grads, M * s.N * 2, i);
+                      p.stream = stream;
+                      cuda::lora_wgrad(p);
+                    });
+        }
+}
+
 }  // namespace
 
 int main(int argc, char** argv) {
@@ -350,6 +444,7 @@ int main(int argc, char** argv) {
     bench_copy();
     for (const Shape& s : kShapes) bench_shape(s);
     bench_rest();
+    bench_lora();
   } catch (const Error& e) {
     std::printf("%s\n", e.what());
     return 1;

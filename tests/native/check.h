@@ -58,5 +58,7 @@ void test_graph();
 void test_dropouts();
 void test_llm_int8s();
 void test_bottlenecks();
+void test_loras();
+void test_dense_loras();
 
 }  // namespace native
