@@ -1,24 +1,37 @@
-// 4-bit linear layer for few tokens, decode inside, forward (sm_80 and newer). Shared parts and the
-// lookup: qlinear_skinny.cuh.
+// 4-bit linear layer for few tokens, decode inside, forward (sm_80 and newer). Its parts:
+// qlinear_skinny_fwd.cuh; the lookup: qlinear_skinny.cuh.
 //
 //   y [M, N] = x W^T + bias + scaling * s B^T      x [M, K], s [M, R], B [N, R]
 //   W [N, K] tiled 4-bit codes, one absmax a block of >= 64 columns
 //
-// One lane's 16 stored bytes are the A fragments of a whole strip (16 rows x 64 columns), because
-// the order of the reduction is free: lane (g, t) reads row g of tile t; its word i holds the pairs
-// i and i+4 of columns of tile t, and is taken as the fragment of step i. The matching B fragment
-// of step i is words i of x[token g][16t .. 16t+7] and [16t+8 .. 16t+15]: two plain 16-byte loads a
-// strip, no shared memory. Codes stay unscaled in the mma; absmax * the strip's sum is added in
-// float32.
+//   block: row strips [s0, s1), all of K      items of a warp, in this order:
+//              k groups of 256 columns          (group, strip s0) (group, strip s0 + 1) ...
+//         s0 |  w0  |  w1  | ... | w15 |        (next group, strip s0) ...
+//         .. |  w0  |  w1  | ... | w15 |      An item is 16 rows x 256 columns, 2 KB of codes. The
+//         s1 |  w0  |  w1  | ... | w15 |      items of a block are dealt evenly to its warps.
 //
-//     block: rows [16 s0, 16 s1), all of K         k strips:  | warp 0 | warp 1 | ... | warp 15 |
-//     a warp: for its k strips: x fragment once, then up to 4 (16 tokens: 2) row strips
+// So the x fragments of a group stay in registers for all its row strips (K <= 4096: for the whole
+// kernel). One lane's 16 stored bytes are four A fragments, because the order of the reduction is
+// free: lane (g, t) reads row g of a tile, 16 columns; its word i holds the pairs i (bytes 0, 1 for
+// rows 2p, 2p + 1) and i + 4 (bytes 2, 3) of columns. Step 0 takes pairs 0 and 1, step 1 pairs 2
+// and 3, ..., so that the B fragments are x in its own order: two plain 16-byte loads. Codes stay
+// unscaled in the mma.
 //
-// Bound: reading the codes once, 0.516 bytes a weight. Lookups cost 16 LDS + 16 PRMT per 1024
-// weights a warp: at most 64 weights a clock and SM against 34 that memory delivers. What it waits
-// for are instructions and their latency (46 % of issue slots, 38 % of DRAM at 14336x4096, M = 1;
-// README.md).
-#include "qlinear_skinny.cuh"
+//   M >= 3: the four lanes t of a row read tiles 0..3 of one strip, the mma's columns are tokens; a
+//     strip's sums times absmax are added in float32.
+//   M <= 2: lane t reads strip t of the group, tile t ^ step, the mma's columns are (strip, token),
+//     and B is zero where strip != t. So one accumulator holds the sum of one 64-column block, and
+//     a lane scales what it has with the two absmax that it has decoded: a quarter of the fix-ups.
+//
+// Sums of a warp go to shared memory, a float4 a lane; at the end they are added over warps in
+// order. LoRA and bias are one more part beside those of the 16 warps, by tensor cores.
+//
+// Bound: reading the codes once, 0.516 bytes a weight. An item costs 64 PRMT + 64 LDS + 16 mma (32
+// for 16 tokens) of lookups and about 60 instructions else; shared memory moves 64 + 16 (reading
+// codes) + 16 (writing them) rows of 128 bytes: 96 clocks an item against 117 for its 2113 bytes at
+// the 18 bytes a clock and multiprocessor of DRAM.
+#include "dependent_launch.cuh"
+#include "qlinear_skinny_fwd.cuh"
 
 namespace fastpeft::cuda {
 
@@ -26,267 +39,356 @@ namespace {
 
 using namespace skinny;
 
-template <int kTok>
-struct TokenFragment {  // x of 8 * kTok tokens, 64 columns
-  uint4 low[kTok], high[kTok];
-
-  template <class T>
-  __device__ __forceinline__ void load(const Args& a, int m0, int g, int t, int ks) {
-    const T* at = static_cast<const T*>(a.in) + ks * kTileK + t * 16;
-#pragma unroll
-    for (int i = 0; i < kTok; ++i) {
-      const int m = m0 + 8 * i + g;
-      low[i] = high[i] = make_uint4(0, 0, 0, 0);
-      if (m < a.M) {
-        const uint4* piece = reinterpret_cast<const uint4*>(at + m * a.w.K);
-        low[i] = __ldg(piece);
-        high[i] = __ldg(piece + 1);
-      }
-    }
-  }
-};
-
-// Feeds the ring: strips of a chunk of kRows row strips, for every k strip; then the next chunk.
-// The first strip of a k strip brings the scales of the whole chunk.
-template <bool kNested, int kRows, int kDepth>
-struct Feeder {
-  uint32_t ring;                         // this lane's place in slot 0
-  uint32_t scale_at;                     // slot 0
-  const uint8_t *source, *first_source;  // this lane's next 16 bytes; those of row strip `base`
-  int64_t row_stride;                    // bytes between row strips
-  int left, base, row, rows, ks, slot;
-
-  __device__ __forceinline__ void start_chunk(const Args& a, int chunk, int s_end, int k_begin,
-                                              int lane) {
-    base = chunk;
-    rows = min(kRows, s_end - chunk);
-    ks = k_begin;
-    source = first_source =
-        a.w.codes + (int64_t(base) * a.w.strips_k + k_begin) * kStripBytes + lane * 16;
-  }
-
-  __device__ __forceinline__ void issue(const Args& a, int s_end, int k_begin, int k_end,
-                                        int lane) {
-    if (left > 0) {
-      --left;
-      copy_async16(ring + slot, source, 16);
-      if (row == 0) {
-        const int64_t n = int64_t(base) * kTileN;
-        copy_scales<kNested, 4 * kRows>(a, scale_at + slot, lane,
-                                        int64_t(ks * kTileK >> a.w.block_shift) * a.w.Np + n,
-                                        n + 4 * lane < a.w.Np);
-      }
-      source += row_stride;
-      if (++row == rows) {
-        row = 0;
-        source = first_source += kStripBytes;
-        if (++ks == k_end) start_chunk(a, base + kRows, s_end, k_begin, lane);
-      }
-    }
-    commit_copies();
-    slot = slot == (kDepth - 1) * slot_bytes(kNested) ? 0 : slot + slot_bytes(kNested);
-  }
-};
-
-// bias and scaling * s B^T as the first partial sums of kRows row strips from `strip`: warp w adds
-// ranks w, w + 16, ... All loads of a rank are issued before the first is used.
-template <class T, int kTok, int kRows>
-__device__ __forceinline__ void start_sums(const Args& a, int strip, int row_pair, int m0, int t,
-                                           int warp, float (&acc)[kRows][kTok][4]) {
-  const T* bias = static_cast<const T*>(a.bias);
-  const T* s = static_cast<const T*>(a.s);
-  const T* lora_b = static_cast<const T*>(a.factor);
-  const auto row_of = [&](int row, int e) { return int64_t(strip + row) * kTileN + row_pair + e; };
-#pragma unroll
-  for (int row = 0; row < kRows; ++row)
-#pragma unroll
-    for (int i = 0; i < kTok; ++i)
-#pragma unroll
-      for (int c = 0; c < 4; ++c) acc[row][i][c] = 0.0f;
-  if (bias && warp == 0) {
-#pragma unroll
-    for (int row = 0; row < kRows; ++row)
-#pragma unroll
-      for (int e = 0; e < 2; ++e) {
-        const float value = row_of(row, e) < a.w.N ? to_acc(bias[row_of(row, e)]) : 0.0f;
-#pragma unroll
-        for (int i = 0; i < kTok; ++i) acc[row][i][2 * e] = acc[row][i][2 * e + 1] = value;
-      }
-  }
-  if (!s) return;
-  for (int r = warp; r < a.R; r += kWarps) {
-    float b[kRows][2], value[kTok][2];
-#pragma unroll
-    for (int row = 0; row < kRows; ++row)
-#pragma unroll
-      for (int e = 0; e < 2; ++e)
-        b[row][e] = row_of(row, e) < a.w.N ? to_acc(lora_b[row_of(row, e) * a.R + r]) : 0.0f;
-#pragma unroll
-    for (int i = 0; i < kTok; ++i)
-#pragma unroll
-      for (int j = 0; j < 2; ++j) {
-        const int m = m0 + 8 * i + 2 * t + j;
-        value[i][j] = m < a.M ? a.scaling * to_acc(s[int64_t(m) * a.R + r]) : 0.0f;
-      }
-#pragma unroll
-    for (int row = 0; row < kRows; ++row)
-#pragma unroll
-      for (int i = 0; i < kTok; ++i)
-#pragma unroll
-        for (int c = 0; c < 4; ++c) acc[row][i][c] += value[i][c % 2] * b[row][c / 2];
-  }
-}
-
-// The sums of 16 rows x 8 kTok tokens of one strip.
-template <class T, int kTok>
-__device__ __forceinline__ void add_strip(const unsigned char* shared, const uint4& q,
-                                          uint32_t lane4, const TokenFragment<kTok>& x,
-                                          float scale0, float scale1, float (&acc)[kTok][4]) {
-  float c[kTok][2][4] = {};  // two chains of mma each
-#pragma unroll
-  for (int i = 0; i < 4; ++i) {
-    uint32_t f[4];
-    lookup_fragment(shared, word_of(q, i), lane4, f);
-#pragma unroll
-    for (int j = 0; j < kTok; ++j)
-      mma_16x8x16<T>(c[j][i % 2], f, word_of(x.low[j], i), word_of(x.high[j], i));
-  }
-#pragma unroll
-  for (int j = 0; j < kTok; ++j)
-#pragma unroll
-    for (int e = 0; e < 4; ++e) acc[j][e] += (e < 2 ? scale0 : scale1) * (c[j][0][e] + c[j][1][e]);
-}
-
-template <class T, int kTok, int kDepth, bool kNested>
+template <class T, int kTokens, int kDepth, bool kNested>
 __global__ void __launch_bounds__(kThreads, 1)
-    qlinear_fwd_skinny_kernel(const __grid_constant__ Args a) {
+    qlinear_fwd_skinny_kernel(const __grid_constant__ FwdArgs a) {
   extern __shared__ __align__(1024) unsigned char shared[];
-  constexpr int kRows = 4 / kTok, kTokens = 8 * kTok, kSlot = slot_bytes(kNested);
-  const PackedWeight& w = a.w;
-  const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, g = lane / 4, t = lane % 4;
+  constexpr bool kIsDiagonal = kTokens == 2;
+  constexpr bool kIsBulk = kHasBulkCopies && kIsDiagonal && kDepth == 2;
+  constexpr int kTiles = kTokens == 16 ? 2 : 1, kSumsAt = items_end(kDepth);
+  // Freeing a slot before its item is computed costs 16 registers, too many with 16 tokens.
+  constexpr bool kFreesEarly = kTokens < 16;
+  using Scale = std::conditional_t<kNested, uint16_t, float2>;  // of two rows, as stored
+  using ScaleWord = std::conditional_t<kNested, uint32_t, float2>;
+  const int lane = threadIdx.x % 32, g = lane / 4, t = lane % 4;
+  const int warp = __shfl_sync(kAllLanes, int(threadIdx.x / 32), 0);  // known to be uniform
   const uint32_t lane4 = lane * 4;
-  const int s_begin = share(blockIdx.x, gridDim.x, w.strips_n);
-  const int s_end = share(blockIdx.x + 1, gridDim.x, w.strips_n);
-  const int k_begin = share(warp, kWarps, w.strips_k), k_end = share(warp + 1, kWarps, w.strips_k);
-  const int m0 = blockIdx.y * kTokens;
-  const int row_pair = 2 * pair_order(g);
+  // Two tokens: lane t reads row g ^ 2t, which is free of bank conflicts as the codes lie in
+  // memory.
+  const int block = blockIdx.x, m0 = blockIdx.y * kTokens;
+  const int row_pair = 2 * pair_order(kIsDiagonal ? g ^ 2 * t : g);
+  const int strip_begin = block * a.base + min(block, a.rest);
+  const int strip_end = strip_begin + a.base + (block < a.rest);
+  launch_dependents();
 
-  // Chunk (tile T, row r) of a strip lies at T * 128 + (r ^ 2T) * 16, so that reading row g of tile
-  // t is free of conflicts.
-  unsigned char* ring = shared + kRingAt + warp * kDepth * kSlot;
-  const uint32_t ring_at = shared_address(ring);
-  const uint32_t read_at = keep(ring_at + t * kTileBytes + (g ^ (2 * t)) * 16);
-  Feeder<kNested, kRows, kDepth> feeder;
-  feeder.ring = keep(ring_at + (lane / 8) * kTileBytes + ((lane % 8) ^ (2 * (lane / 8))) * 16);
-  feeder.scale_at = ring_at;
-  feeder.row_stride = int64_t(w.strips_k) * kStripBytes;
-  feeder.left = (k_end - k_begin) * (s_end - s_begin);
-  feeder.row = feeder.slot = 0;
-  feeder.start_chunk(a, s_begin, s_end, k_begin, lane);
-#pragma unroll
-  for (int i = 0; i < kDepth; ++i) feeder.issue(a, s_end, k_begin, k_end, lane);
-
-  // lane (g, t) decodes the scales of the two rows g of row strip t of the chunk
-  TokenFragment<kTok> x;
-  float nested[2] = {0.0f, 0.0f};
-  int first_block[2];  // of the lane's rows; rows past N read row N - 1
-  const auto find_blocks = [&](int base) {
-#pragma unroll
-    for (int e = 0; e < 2; ++e) {
-      const int n = (base + t % kRows) * kTileN + row_pair + e;
-      first_block[e] = min(n, int(w.N) - 1) * a.blocks_a_row;
-    }
+  // The first slot of the ring. With more tokens chunk (tile T, row r) of a strip goes to T * 128 +
+  // (r ^ 2T) * 16 against bank conflicts.
+  Walk walk;
+  walk.start(a, strip_begin, strip_end, warp);
+  const uint32_t ring = shared_address(shared + kItemsAt + warp * kDepth * kItemBytes);
+  const uint32_t barriers =
+      shared_address(shared + kItemsAt + kWarps * kDepth * kItemBytes + warp * kDepth * 8);
+  Feeder<kIsBulk> feeder;
+  feeder.walk = walk;
+  feeder.to = kIsDiagonal
+                  ? ring + (kIsBulk ? 0 : lane * 16)
+                  : keep(ring + (lane / 8) * kTileBytes + ((lane % 8) ^ (2 * (lane / 8))) * 16);
+  feeder.aim(a, lane);
+  int step = kDepth == 2 ? kItemBytes : 0;  // to the next slot, for those who read and who write
+  uint32_t barrier = barriers, parity = 0;
+  const auto feed = [&] {
+    feeder.issue(a, strip_end, warp, lane, barrier);
+    feeder.to += step;
   };
-  const auto load_ahead = [&](int ks) {
-    x.template load<T>(a, m0, g, t, ks);
-    if constexpr (kNested) {
-#pragma unroll
-      for (int e = 0; e < 2; ++e)
-        nested[e] =
-            __ldg(w.nested + 257 + ((first_block[e] + (ks * kTileK >> w.block_shift)) >> 8));
+  if constexpr (kIsBulk) {
+    if (lane == 0) {
+      init_barrier(barriers);
+      init_barrier(barriers + 8);
+      fence_barriers();
     }
-  };
-  find_blocks(s_begin);
-  if (k_begin < k_end) load_ahead(k_begin);
-  fill_pairs<T>(shared, a.book);
-  Scales<kNested> scales;
-  scales.fill(a, shared);
-  float acc[kRows][kTok][4];
-  start_sums<T, kTok, kRows>(a, s_begin, row_pair, m0, t, warp, acc);
-  __syncthreads();
+    __syncwarp();
+  }
+  feed();
 
-  int slot = 0;
-  for (int base = s_begin; base < s_end; base += kRows) {
-    const int rows = min(kRows, s_end - base);
-    const bool has_next = base + kRows < s_end;
-    for (int ks = k_begin; ks < k_end; ++ks) {
-      const TokenFragment<kTok> now = x;
-      const float now_nested[2] = {nested[0], nested[1]};
-      float absmax[2];
-      if (ks + 1 < k_end) {  // the next strip's x and second-level scales, behind this strip's work
-        load_ahead(ks + 1);
-      } else if (has_next) {
-        find_blocks(base + kRows);
-        load_ahead(k_begin);
+  // Then the small things that every warp waits for, before memory is busy with the other slots.
+  const Scale* scale_at;  // this lane's two rows of strip t of the group (the last one past K)
+  int nested_at;
+  const int nested_first = strip_begin * kTileN * a.blocks_a_row >> 8;
+  const auto aim_scales = [&] {
+    const int block = min(walk.group * kStrips + t, a.strips_k - 1) * kTileK >> a.block_shift;
+    const int n = (walk.base + walk.row) * kTileN + row_pair;
+    scale_at = reinterpret_cast<const Scale*>(static_cast<const char*>(a.scales) +
+                                              (int64_t(block) * a.Np + n) * int(sizeof(Scale) / 2));
+    nested_at = n * a.blocks_a_row + block - (nested_first << 8);
+  };
+  const auto prefetch_scales = [&](int group) {  // of all row strips, 32 bytes a lane
+    const int block = min(group * kStrips + t, a.strips_k - 1) * kTileK >> a.block_shift;
+    const char* at = static_cast<const char*>(a.scales) +
+                     (int64_t(block) * a.Np + walk.base * kTileN) * int(sizeof(Scale) / 2);
+    const int bytes = walk.rows * kTileN * int(sizeof(Scale) / 2);
+#pragma unroll 1
+    for (int i = lane / 4 * 32; i < bytes; i += 256) prefetch(at + i);
+  };
+  aim_scales();
+  ScaleWord scale_code = __ldg(scale_at);
+  float offset = 0.0f, map_value = 0.0f, nested_value = 0.0f;
+  if constexpr (kNested) {
+    const int last = (min(strip_end * kTileN, a.N) * a.blocks_a_row - 1) >> 8;
+    offset = __ldg(a.nested);
+    if (threadIdx.x < 256) map_value = __ldg(a.nested + 1 + threadIdx.x);
+    if (nested_first + int(threadIdx.x) <= last)
+      nested_value = __ldg(a.nested + 257 + nested_first + threadIdx.x);
+  }
+  prefetch_scales(walk.group);
+  {  // two threads an entry of the table, 64 bytes each, rotated so that stores spread over banks
+    const uint32_t low = a.book[lane / 4] >> (lane / 2 % 2 * 16), high = a.book[warp / 2];
+    const uint32_t pair = __byte_perm(low, high, warp % 2 ? 0x7610 : 0x5410);
+    const int entry = threadIdx.x / 2;
+#pragma unroll
+    for (int q = 0; q < 4; ++q)
+      *reinterpret_cast<uint4*>(shared + entry * kEntryStride + lane % 2 * 64 +
+                                ((q + entry) & 3) * 16) = make_uint4(pair, pair, pair, pair);
+  }
+  step = -step;
+  // x of 16 tokens is as much as half the weights of 4096 x 4096: it goes before the second slot.
+  const bool is_late = kTokens == 16 && kDepth == 2 && !a.is_dependent;
+  barrier = barriers + 8;
+  if (kDepth == 2 && !is_late) feed();
+  // part j of an item: with two tokens lane t reads tile t ^ j of strip t, else tile t of strip j
+  uint32_t read_at[kIsDiagonal ? 4 : 1];
+#pragma unroll
+  for (int j = 0; j < (kIsDiagonal ? 4 : 1); ++j)
+    read_at[j] = keep(ring + (kIsDiagonal ? t * kStripBytes : 0) + (t ^ j) * kTileBytes +
+                      (g ^ (2 * t)) * 16);
+  float2* decoded = reinterpret_cast<float2*>(  // [4 strips][8 row pairs], as lanes (g, t) own them
+      shared + (kHoles - kScaleHoles) * kSumHoleStride + warp * 2 * kEntryStride +
+      kEntryStride / 2);
+  wait_for_predecessor();
+  if (a.has_start && warp < walk.rows) prefetch_start<T>(a, strip_begin + warp, lane);
+
+  TokenFragment<T, kTokens> x;
+  int x_group = -1;
+  bool is_first = true;
+  uint32_t touched = 0;
+  for (int base = strip_begin; base < strip_end; base += walk.rows) {
+    if (!is_first) walk.start(a, base, strip_end, warp);
+    bool starts_chunk = true;
+    int fresh = a.by_group ? INT_MAX : walk.rows;  // items until every row strip has a sum
+    do {
+      if (walk.group != x_group) {
+        x.load(a, m0, g, t, walk.group);
+        x_group = walk.group;
       }
-#pragma unroll
-      for (int row = 0; row < kRows; ++row) {
-        if (row >= rows) break;
-        wait_copies<kDepth - 1>();
-        __syncwarp();
-        const uint4 q = load_shared16(read_at + slot);
-        if (row == 0) {
-#pragma unroll
-          for (int e = 0; e < 2; ++e)
-            absmax[e] = scales.of(ring + slot, t % kRows * kTileN + row_pair + e, now_nested[e]);
+      if (!is_first) {
+        aim_scales();
+        scale_code = __ldg(scale_at);
+      }
+      SumPlace<kTiles> own;
+      own.find(a, kSumsAt, a.by_group ? walk.group : warp, lane);
+      uint32_t sum_at = own.at + walk.row * kTiles * own.unit_stride;
+      if (walk.left > 0) prefetch_scales(walk.group + 1);
+      if constexpr (kIsDiagonal) {
+        asm volatile("" ::"r"(touched));  // waits for the last one only here
+        if (walk.left > 0) touched = x.touch(a, m0, lane, walk.group + 1);
+      }
+      if (is_first) {
+        if (is_late) feed();
+        if constexpr (kNested) {
+          offset *= a.inverse_gain;
+          float* to = reinterpret_cast<float*>(shared + kTableBytes);
+          if (threadIdx.x < 256) to[threadIdx.x] = map_value * a.inverse_gain;
+          to[kMapBytes / 4 + threadIdx.x] = nested_value;
         }
-        slot = slot == (kDepth - 1) * kSlot ? 0 : slot + kSlot;
-        __syncwarp();
-        feeder.issue(a, s_end, k_begin, k_end, lane);
-        const float scale0 = __shfl_sync(kAllLanes, absmax[0], (lane & ~3) | row);
-        const float scale1 = __shfl_sync(kAllLanes, absmax[1], (lane & ~3) | row);
-        add_strip<T, kTok>(shared, q, lane4, now, scale0, scale1, acc[row]);
+        step = kDepth == 2 ? kItemBytes : 0;
+        barrier = barriers;
+        __syncthreads();
+        is_first = false;
       }
+      if (a.has_start && starts_chunk) {
+        SumPlace<kTiles> place;
+        place.find(a, kSumsAt, a.parts, lane);
+#pragma unroll 1
+        for (int row = warp; row < walk.rows; row += kWarps) {
+          float acc[kTiles][4];
+          start_sums<T, kTokens, kTiles>(a, base + row, m0, g, t, acc);
+#pragma unroll
+          for (int i = 0; i < kTiles; ++i)
+            *reinterpret_cast<float4*>(shared + place.at + (row * kTiles + i) * place.unit_stride) =
+                make_float4(acc[i][0], acc[i][1], acc[i][2], acc[i][3]);
+        }
+      }
+      starts_chunk = false;
+#pragma unroll 1
+      for (int i = 0; i < walk.run; ++i) {
+        if constexpr (kIsBulk) {
+          wait_barrier(barrier, parity);
+        } else {
+          wait_copies<kDepth - 1>();
+          __syncwarp();
+        }
+        uint4 q[4];
+        const auto read_part = [&](int j) {
+          q[j] = load_shared16(kIsDiagonal ? read_at[j] : read_at[0] + j * kStripBytes);
+        };
+        const auto free_slot = [&] {
+          __syncwarp();
+          feed();
+#pragma unroll
+          for (auto& at : read_at) at += step;
+          if (kIsBulk && step < 0) parity ^= 1;
+          if (kIsBulk) barrier ^= 8;
+          step = -step;
+        };
+        if constexpr (kFreesEarly) {
+#pragma unroll
+          for (int j = 0; j < 4; ++j) read_part(j);
+          free_slot();
+        }
+        const ScaleWord code = scale_code;
+        scale_at += kTileN / 2;
+        if (i + 1 < walk.run) scale_code = __ldg(scale_at);
+        float scale[2];
+        const auto decode_scales = [&] {
+          if constexpr (kNested) {
+            const auto nested_of = [&](int block) {
+              return shared_float(shared, kNestedAt, block >> 6);
+            };
+            scale[0] = __fmaf_rn(shared_float(shared, kTableBytes, code << 2 & 0x3FC),
+                                 nested_of(nested_at), offset);
+            scale[1] = __fmaf_rn(shared_float(shared, kTableBytes, code >> 6),
+                                 nested_of(nested_at + a.blocks_a_row), offset);
+            nested_at += kTileN * a.blocks_a_row;
+          } else {
+            scale[0] = code.x * a.inverse_gain;
+            scale[1] = code.y * a.inverse_gain;
+          }
+        };
+        if constexpr (!kIsDiagonal) {
+          decode_scales();
+          decoded[(t >> 1) * (kEntryStride / 8) + (t & 1) * 8 + g] =
+              make_float2(scale[0], scale[1]);
+          __syncwarp();
+        }
+        float acc[kTiles][4] = {}, c[2][4] = {};
+#pragma unroll
+        for (int j = 0; j < 4; ++j) {
+          if constexpr (!kFreesEarly) {
+            read_part(j);
+            if (j == 3) free_slot();
+          }
+          if constexpr (!kIsDiagonal) {
+#pragma unroll
+            for (int e = 0; e < 4; ++e) c[0][e] = c[1][e] = 0.0f;
+          }
+#pragma unroll
+          for (int step = 0; step < 4; ++step) {
+            uint32_t f[4];
+            lookup_step(shared, q[j], step, lane4, f);
+#pragma unroll
+            for (int tile = 0; tile < kTiles; ++tile)
+              mma_16x8x16<T>(c[kTiles == 2   ? tile
+                               : kIsDiagonal ? step % 2
+                                             : 0],
+                             f, x.word(tile, j, step, 0), x.word(tile, j, step, 1));
+          }
+          if constexpr (!kIsDiagonal) {
+            const float2 of_strip = decoded[(j >> 1) * (kEntryStride / 8) + (j & 1) * 8 + g];
+#pragma unroll
+            for (int tile = 0; tile < kTiles; ++tile)
+#pragma unroll
+              for (int e = 0; e < 4; ++e)
+                acc[tile][e] += (e < 2 ? of_strip.x : of_strip.y) * c[tile][e];
+          }
+        }
+        if constexpr (kIsDiagonal) {
+          decode_scales();
+#pragma unroll
+          for (int e = 0; e < 4; ++e) acc[0][e] = scale[e / 2] * (c[0][e] + c[1][e]);
+        }
+        const bool is_fresh = fresh > 0;
+        --fresh;
+#pragma unroll
+        for (int tile = 0; tile < kTiles; ++tile) {
+          float4* to = reinterpret_cast<float4*>(shared + sum_at + tile * own.unit_stride);
+          float4 sum = make_float4(acc[tile][0], acc[tile][1], acc[tile][2], acc[tile][3]);
+          if (!is_fresh) {
+            const float4 before = *to;
+            sum.x += before.x, sum.y += before.y, sum.z += before.z, sum.w += before.w;
+          }
+          *to = sum;
+        }
+        sum_at += kTiles * own.unit_stride;
+      }
+      walk.row += walk.run;
+    } while (walk.next());
+    SumPlace<kTiles> own;
+    own.find(a, kSumsAt, warp, lane);
+    for (; !a.by_group && fresh > 0; --fresh) {  // row strips without an item
+      if (walk.row >= walk.rows) walk.row = 0;
+#pragma unroll
+      for (int tile = 0; tile < kTiles; ++tile)
+        *reinterpret_cast<float4*>(shared + own.at + (walk.row * kTiles + tile) * own.unit_stride) =
+            make_float4(0.0f, 0.0f, 0.0f, 0.0f);
+      ++walk.row;
     }
-#pragma unroll
-    for (int row = 0; row < kRows; ++row)
-#pragma unroll
-      for (int j = 0; j < kTok; ++j)
-#pragma unroll
-        for (int e = 0; e < 2; ++e) {
-          const int f = ((row * kWarps + warp) * kTokens + 8 * j + 2 * t + e) * 16 + row_pair;
-          *reinterpret_cast<float2*>(partial(shared, f)) =
-              make_float2(acc[row][j][e], acc[row][j][2 + e]);
-        }
-    if (has_next) start_sums<T, kTok, kRows>(a, base + kRows, row_pair, m0, t, warp, acc);
     __syncthreads();
-    // one output a thread
-    const int n16 = threadIdx.x % 16, row = threadIdx.x / 16 % kRows,
-              token = threadIdx.x / (16 * kRows);
-    const int64_t n = int64_t(base + row) * kTileN + n16, m = m0 + token;
-    if (row < rows && n < w.N && m < a.M) {
-      float sum = 0.0f;
-#pragma unroll
-      for (int part = 0; part < kWarps; ++part)
-        sum += *partial(shared, ((row * kWarps + part) * kTokens + token) * 16 + n16);
-      static_cast<T*>(a.out)[m * w.N + n] = from_acc<T>(sum);
-    }
-    if (has_next) __syncthreads();  // the partial sums are read
+    finish_sums<T, kTokens, kTiles>(a, shared, kSumsAt, base, walk.rows, m0, warp, lane, g, t);
+    if (base + walk.rows < strip_end) __syncthreads();  // the sums are read
   }
 }
 
-template <class T, int kTok>
-Kernel pick_ring(Variant v) {
-  if (v.is_nested)
-    return v.is_deep ? qlinear_fwd_skinny_kernel<T, kTok, kDeep, true>
-                     : qlinear_fwd_skinny_kernel<T, kTok, kShallowNested, true>;
-  return v.is_deep ? qlinear_fwd_skinny_kernel<T, kTok, kDeep, false>
-                   : qlinear_fwd_skinny_kernel<T, kTok, kShallow, false>;
+using FwdKernel = void (*)(FwdArgs);
+
+template <class T, int kTokens>
+FwdKernel pick_fwd(bool is_deep, bool is_nested) {
+  if (is_nested)
+    return is_deep ? qlinear_fwd_skinny_kernel<T, kTokens, 2, true>
+                   : qlinear_fwd_skinny_kernel<T, kTokens, 1, true>;
+  return is_deep ? qlinear_fwd_skinny_kernel<T, kTokens, 2, false>
+                 : qlinear_fwd_skinny_kernel<T, kTokens, 1, false>;
 }
 
-Kernel pick(Variant v) {
-  if (v.is_bf16) return v.is_wide ? pick_ring<bf16, 2>(v) : pick_ring<bf16, 1>(v);
-  return v.is_wide ? pick_ring<fp16, 2>(v) : pick_ring<fp16, 1>(v);
+template <class T>
+FwdKernel pick_fwd(int tokens, bool is_deep, bool is_nested) {
+  return tokens == 2   ? pick_fwd<T, 2>(is_deep, is_nested)
+         : tokens == 8 ? pick_fwd<T, 8>(is_deep, is_nested)
+                       : pick_fwd<T, 16>(is_deep, is_nested);
+}
+
+// Row strips a block. Returns blocks.
+int split_rows(FwdArgs& a, int strips_n, int sm_count) {
+  int rows = ceil_div(strips_n, sm_count);
+  if (a.nested)  // the block's second-level absmax must fit into shared memory
+    rows = std::min(rows, std::max(1, (kNestedFloats - 2) * 16 / a.blocks_a_row));
+  const int blocks = std::min(std::max(sm_count, ceil_div(strips_n, rows)), strips_n);
+  a.base = strips_n / blocks;
+  a.rest = strips_n % blocks;
+  return blocks;
+}
+
+// Bytes of shared memory for the sums of a.chunk row strips behind those in the table's holes.
+int place_sums(FwdArgs& a, int tokens, int free_bytes) {
+  a.by_group = a.groups <= kWarps;
+  a.parts = a.by_group ? a.groups : kWarps;
+  const int tiles = tokens == 16 ? 2 : 1, parts = a.parts + a.has_start;
+  const int holes = tokens == 2 ? kHoles : kHoles - kScaleHoles;
+  const auto bytes = [&](int rows) {
+    const int part_bytes = rows * tiles * kSumBytes,
+              fitting = std::min(parts, holes / (rows * tiles));
+    // one place for all is simpler to sum up than two
+    a.hole_parts = fitting < parts && parts * part_bytes <= free_bytes ? 0 : fitting;
+    return (parts - a.hole_parts) * part_bytes;
+  };
+  const int rows = a.base + (a.rest > 0);
+  a.chunk = rows;
+  while (bytes(a.chunk) > free_bytes) --a.chunk;
+  a.chunk = ceil_div(rows, ceil_div(rows, a.chunk));
+  const auto divide = [](int n) { return n ? uint32_t(((int64_t(1) << 31) + n - 1) / n) : 0u; };
+  a.divide[0] = divide(a.chunk);
+  a.divide[1] = divide(a.base % a.chunk);
+  a.divide[2] = divide((a.base + 1) % a.chunk);
+  return bytes(a.chunk);
+}
+
+void pack_book(FwdArgs& a, DType dtype, Format format, float gain) {
+  const Codebook book = codebook(format, gain);
+  for (int i = 0; i < 16; ++i) {
+    uint16_t bits;
+    if (dtype == DType::kBFloat16) {
+      const bf16 v = __float2bfloat16_rn(book.v[i]);
+      memcpy(&bits, &v, 2);
+    } else {
+      const fp16 v = __float2half_rn(book.v[i]);
+      memcpy(&bits, &v, 2);
+    }
+    a.book[i / 2] |= uint32_t(bits) << (i % 2 * 16);
+  }
+  a.inverse_gain = 1.0f / gain;
+}
+
+// FP4's codes are exact in bf16 when multiplied by 12; float16 holds both codebooks well enough.
+float code_gain(DType dtype, Format format) {
+  return dtype == DType::kFloat16 ? 1.0f : format == Format::kNf4 ? 1.43675f : 12.0f;
 }
 
 }  // namespace
@@ -331,21 +433,52 @@ void launch(Args& a, DType dtype, Format format, int64_t parts, Stream stream,
 }  // namespace skinny
 
 bool skinny_fits(const QLinearFwdParams& p) {
-  return weight_fits(p.w, p.dtype) && p.w.blocksize >= kTileK && is_aligned(p.x, 16);
+  return weight_fits(p.w, p.dtype) && p.w.blocksize >= kTileK && is_aligned(p.x, 16) &&
+         p.w.K / p.w.blocksize <= (kNestedFloats - 2) * 16 && p.w.N < (int64_t(1) << 27);
 }
 
 void qlinear_fwd_skinny(const QLinearFwdParams& p) {
-  Args a = {};
-  a.w = packed_weight(p.w);
+  const char* name = "qlinear_fwd_skinny_kernel";
+  const DeviceFacts facts = device_facts();
+  const PackedWeight w = packed_weight(p.w);
+  FwdArgs a = {};
+  a.codes = w.codes;
+  a.scales = w.scales;
+  a.nested = w.nested;
+  a.strips_k = w.strips_k;
+  a.groups = ceil_div(w.strips_k, kStrips);
+  a.block_shift = w.block_shift;
+  a.blocks_a_row = int(w.K >> w.block_shift);
+  a.Np = int(w.Np);
+  a.N = int(w.N);
+  a.K = int(w.K);
   a.M = int(p.M);
   a.R = int(p.R);
-  a.in = p.x;
+  a.x = p.x;
   a.bias = p.bias;
   a.s = p.R > 0 ? p.s : nullptr;
-  a.factor = p.lora_b;
+  a.lora_b = p.lora_b;
   a.scaling = p.scaling;
-  a.out = p.y;
-  launch(a, p.dtype, p.w.format, a.w.strips_n, p.stream, pick, "qlinear_fwd_skinny_kernel");
+  a.y = p.y;
+  a.has_start = a.s || a.bias;
+  a.is_dependent = dependent_launch() && facts.arch >= 90;
+  a.ranks_by_4 = p.R % 4 == 0 && is_aligned(p.s, 8) && is_aligned(p.lora_b, 8);
+  pack_book(a, p.dtype, p.w.format, code_gain(p.dtype, p.w.format));
+  const int tokens = p.M <= 2 ? 2 : p.M <= 8 ? 8 : 16;
+  const bool is_deep = facts.shared_bytes >= items_end(2);
+  const int ring_end = items_end(is_deep ? 2 : 1);
+  FASTPEFT_CHECK(facts.shared_bytes >= ring_end, name, ": ", ring_end,
+                 " bytes of shared memory a block are needed, the device has ", facts.shared_bytes);
+  const int blocks = split_rows(a, w.strips_n, facts.sm_count);
+  const int bytes = ring_end + place_sums(a, tokens, facts.shared_bytes - ring_end);
+  const FwdKernel kernel = p.dtype == DType::kBFloat16
+                               ? pick_fwd<bf16>(tokens, is_deep, a.nested != nullptr)
+                               : pick_fwd<fp16>(tokens, is_deep, a.nested != nullptr);
+  allow_shared_memory(reinterpret_cast<const void*>(kernel), facts.shared_bytes);
+  const int64_t passes = ceil_div<int64_t>(p.M, tokens);
+  FASTPEFT_CHECK(passes < 65536, name, ": ", p.M, " tokens in one launch");
+  launch_kernel(kernel, name, dim3(unsigned(blocks), unsigned(passes)), kThreads, bytes, p.stream,
+                1, a);
 }
 
 }  // namespace fastpeft::cuda

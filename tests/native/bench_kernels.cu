@@ -1,7 +1,8 @@
 // Times of the CUDA kernels without torch: CUDA-graph replays over rotated copies of the weights
 // (and outputs), so that L2 never holds what a launch reads; median, p20 and p80 of the replays, in
-// us a launch. `bench_kernels [filter]` prints one line a case whose name contains the filter.
-// Values are test_kernels' business: run it first.
+// us a launch. `bench_kernels [--pdl] [filter]` prints one line a case whose name contains the filter;
+// without --pdl every launch waits for the whole of the one before. Values are test_kernels'
+// business: run it first.
 #include <algorithm>
 #include <functional>
 #include <memory>
@@ -436,7 +437,9 @@ void bench_lora() {
 }  // namespace
 
 int main(int argc, char** argv) {
-  if (argc > 1) filter = argv[1];
+  const bool is_dependent = argc > 1 && std::strcmp(argv[1], "--pdl") == 0;
+  cuda::set_dependent_launch(is_dependent);
+  if (argc > 1 + is_dependent) filter = argv[1 + is_dependent];
   cudaDeviceProp properties;
   NATIVE_CUDA(cudaGetDeviceProperties(&properties, 0));
   std::printf("%s\n", properties.name);

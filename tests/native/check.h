@@ -54,6 +54,7 @@ void check_sums(const Buffer& got, const std::vector<double>& want,
 void test_quantizers();
 void test_tiles();
 void test_linears();
+void test_wide_linears();
 void test_graph();
 void test_dropouts();
 void test_llm_int8s();

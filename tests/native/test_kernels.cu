@@ -19,7 +19,7 @@ void group(const char* name, void (*body)()) {
   } catch (const Error& e) {
     check(false, std::string(name) + ": " + e.what());
   }
-  std::printf("%-12s %5d checks, %d failed\n", name, checks - checked, failures - failed);
+  std::printf("%-14s %5d checks, %d failed\n", name, checks - checked, failures - failed);
   std::fflush(stdout);
 }
 
@@ -30,6 +30,7 @@ int main(int argc, char** argv) {
   group("quantize", native::test_quantizers);
   group("tile", native::test_tiles);
   group("linear", native::test_linears);
+  group("linear, wide", native::test_wide_linears);
   group("graph", native::test_graph);
   group("dropout", native::test_dropouts);
   group("int8", native::test_llm_int8s);

@@ -237,6 +237,16 @@ void test_linears() {
   test_nf4_tiles();
 }
 
+// More columns than the warps of a block take in one go, for one and for several row strips a block.
+void test_wide_linears() {
+  for (const int64_t N : {20, 2136})
+    for (const bool is_nested : {false, true}) {
+      const HostWeight host = make_weight(Format::kNf4, N, 4416, 64, is_nested, unsigned(N));
+      const DeviceWeight device(host);
+      for (const int64_t M : {2, 3, 14}) test_linear<__nv_bfloat16>(host, device, M, 8, 0);
+    }
+}
+
 // Launches captured on a stream replay to the same bits.
 void test_graph() {
   const HostWeight host = make_weight(Format::kNf4, 96, 128, 64, true, 77);
