@@ -233,36 +233,41 @@ __global__ void __launch_bounds__(kThreads, kRank* kTok <= 8 ? 2 : 1)
   }
   wait_copies<0>();
 
-  // Sums over the warps, 16 tokens at a time; each goes to the block that adds it over the ranks.
+  // Sums over the warps, in the place of the rings; each goes to the block that adds it over the
+  // ranks.
   constexpr int kSums = kTok * 16 * kWidth;
   static_assert((kSums & (kSums - 1)) == 0, "shares are powers of two");
+  static_assert(kSums * 4 <= kSlot, "the sums of a warp fit into a slot of its ring");
   const int share = kSums / ranks, share_bits = __ffs(share) - 1;
-  float* const parts = reinterpret_cast<float*>(shared);
+  float* const parts = reinterpret_cast<float*>(shared);  // [warps][kSums]
   float* const sums =
       reinterpret_cast<float*>(shared + kWarps * a.depth * kSlot);  // [ranks][share]
-  if (ranks > 1) cluster_wait();
+  // Column c of row m: rows that a store meets together fall into different banks.
+  const auto place = [](int m, int c) {
+    return m * kWidth + (c ^ (kWidth == 16 ? 8 * (m >> 1 & 1) : 8 * (m & 3)));
+  };
+  __syncthreads();
 #pragma unroll
-  for (int m = 0; m < kTok; ++m) {
-    __syncthreads();
+  for (int m = 0; m < kTok; ++m)
 #pragma unroll
     for (int j = 0; j < kRank; ++j)
 #pragma unroll
       for (int e = 0; e < 2; ++e)
-        *reinterpret_cast<float2*>(parts + (warp * 16 + g + 8 * e) * kWidth + 8 * j + 2 * t) =
+        *reinterpret_cast<float2*>(parts + warp * kSums +
+                                   place(16 * m + g + 8 * e, 8 * j + 2 * t)) =
             make_float2(acc[m][j][2 * e], acc[m][j][2 * e + 1]);
-    __syncthreads();
+  if (ranks > 1) cluster_wait();
+  __syncthreads();
 #pragma unroll
-    for (int i = threadIdx.x; i < 16 * kWidth; i += kThreads) {
-      float sum = parts[i];
+  for (int i = threadIdx.x; i < kSums; i += kThreads) {
+    const float* const part = parts + place(i / kWidth, i % kWidth);
+    float sum = part[0];
 #pragma unroll
-      for (int w = 1; w < kWarps; ++w) sum += parts[w * 16 * kWidth + i];
-      const int at = m * 16 * kWidth + i;
-      if (ranks > 1)
-        store_to_rank(shared_address(sums + rank * share + (at & (share - 1))), at >> share_bits,
-                      sum);
-      else
-        sums[at] = sum;
-    }
+    for (int w = 1; w < kWarps; ++w) sum += part[w * kSums];
+    if (ranks > 1)
+      store_to_rank(shared_address(sums + rank * share + (i & (share - 1))), i >> share_bits, sum);
+    else
+      sums[i] = sum;
   }
   if (ranks > 1) {
     cluster_arrive();

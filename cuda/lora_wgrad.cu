@@ -103,6 +103,7 @@ __device__ __forceinline__ void store_sums(const Args& a, const Product& product
   const bool is_final = a.slices == 1;
   const int columns = min(kBlockColumns, product.C - first_column);
   float* const partial = product.partial + int64_t(slice) * kWidth * product.C;
+#pragma unroll 8
   for (int i = threadIdx.x; i < kWidth * kBlockColumns; i += kThreads) {
     const int r = product.is_dA ? i / kBlockColumns : i % kWidth;
     const int c = product.is_dA ? i % kBlockColumns : i / kWidth;
@@ -232,13 +233,17 @@ struct FinishArgs {
   Finish jobs[2];
   unsigned first_blocks;  // of jobs[0]
 };
-constexpr int kAtOnce = 8;  // slices whose loads are in flight together
+constexpr int kAtOnce = 32;  // slices whose loads are under way together
 
-__device__ __forceinline__ float4 load_volatile(const float* p) {
-  float4 v;
-  asm volatile("ld.global.v4.f32 {%0, %1, %2, %3}, [%4];"
-               : "=f"(v.x), "=f"(v.y), "=f"(v.z), "=f"(v.w)
-               : "l"(p));
+// 0 unless `exists`. Volatile, the test inside: otherwise the compiler has one load under way at a
+// time.
+__device__ __forceinline__ float load_if(const float* p, bool exists) {
+  float v;
+  asm volatile(
+      "{\n.reg .pred p;\nsetp.ne.b32 p, %2, 0;\nmov.f32 %0, 0f00000000;\n"
+      "@p ld.global.f32 %0, [%1];\n}\n"
+      : "=f"(v)
+      : "l"(p), "r"(int(exists)));
   return v;
 }
 
@@ -248,38 +253,26 @@ __global__ void __launch_bounds__(kThreads, 4)
   launch_dependents();
   const bool is_second = blockIdx.x >= a.first_blocks;
   const Finish& job = a.jobs[is_second];
-  const int64_t quad =
+  const int64_t at =
       int64_t(blockIdx.x - (is_second ? a.first_blocks : 0)) * kThreads + threadIdx.x;
-  const int64_t row = quad * 4 / job.width;
-  const int column = int(quad * 4 % job.width);
+  const int64_t row = at / job.width;
+  const int column = int(at - row * job.width);
   wait_for_predecessor();
-  if (row >= job.rows) return;
-  const float* from = job.partial + quad * 4;
-  float sum[4] = {};
+  if (row >= job.rows || column >= job.columns) return;
+  float sum = 0.0f;
   for (int first = 0; first < job.slices; first += kAtOnce) {
-    float4 part[kAtOnce];
-    // Clamped and volatile: behind a test the compiler has one load under way at a time.
+    float part[kAtOnce];
 #pragma unroll
     for (int i = 0; i < kAtOnce; ++i)
-      part[i] = load_volatile(from + min(first + i, job.slices - 1) * job.stride);
+      part[i] = load_if(job.partial + at + (first + i) * job.stride, first + i < job.slices);
 #pragma unroll
-    for (int i = 0; i < kAtOnce; ++i) {
-      const bool counts = first + i < job.slices;
-      sum[0] += counts ? part[i].x : 0.0f;
-      sum[1] += counts ? part[i].y : 0.0f;
-      sum[2] += counts ? part[i].z : 0.0f;
-      sum[3] += counts ? part[i].w : 0.0f;
-    }
+    for (int i = 0; i < kAtOnce; ++i) sum += part[i];
   }
-#pragma unroll
-  for (int e = 0; e < 4; ++e) {
-    if (column + e >= job.columns) break;
-    const int64_t at = row * job.columns + column + e;
-    if (job.is_float)
-      static_cast<float*>(job.out)[at] = job.scale * sum[e];
-    else
-      static_cast<T*>(job.out)[at] = from_acc<T>(job.scale * sum[e]);
-  }
+  const int64_t to = row * job.columns + column;
+  if (job.is_float)
+    static_cast<float*>(job.out)[to] = job.scale * sum;
+  else
+    static_cast<T*>(job.out)[to] = from_acc<T>(job.scale * sum);
 }
 
 void finish(const LoraWgradParams& p, const Finish& first, const Finish& second) {
@@ -287,7 +280,7 @@ void finish(const LoraWgradParams& p, const Finish& first, const Finish& second)
   a.jobs[0] = first;
   a.jobs[1] = second;
   const auto blocks = [](const Finish& job) {
-    return job.rows ? grid_blocks(job.rows * job.width, 4 * kThreads) : 0u;
+    return job.rows ? grid_blocks(job.rows * job.width, kThreads) : 0u;
   };
   a.first_blocks = blocks(first);
   const dim3 grid(a.first_blocks + blocks(second));
@@ -308,6 +301,21 @@ struct Split {
 // then dA and dB in one.
 constexpr int64_t kDyPassTokens = 2048;
 
+// Slices over M: whole waves of blocks, against partial sums of 4 bytes, written and read, a rank,
+// column and slice beside the M * 2 bytes of a column.
+int64_t best_slices(int64_t M, int64_t blocks, int width) {
+  const int64_t places = int64_t(device_facts().sm_count) * (width > 16 ? 1 : 2);
+  const int64_t most = std::min<int64_t>(ceil_div<int64_t>(M, 64), 32);
+  int64_t best = 1;
+  double least = HUGE_VAL;
+  for (int64_t slices = 1; slices <= most; ++slices) {
+    const double waves = double(ceil_div(blocks * slices, places)) / double(slices);
+    const double cost = waves * (1.0 + (slices > 1 ? 4.0 * width * slices / double(M) : 0.0));
+    if (cost < least) least = cost, best = slices;
+  }
+  return best;
+}
+
 Split split_of(const LoraWgradParams& p) {
   Split split = {};
   split.width = p.R > 16 ? 64 : 16;
@@ -316,9 +324,8 @@ Split split_of(const LoraWgradParams& p) {
   const int64_t columns = p.K + (split.uses_dy_pass ? 0 : p.N);
   const int64_t blocks = ceil_div<int64_t>(p.K, kBlockColumns) +
                          (split.uses_dy_pass ? 0 : ceil_div<int64_t>(p.N, kBlockColumns));
-  const int64_t wanted = device_facts().sm_count * (p.R > 16 ? 1 : 2) / blocks;
-  const int64_t most = ceil_div<int64_t>(p.M, 64), slices = wanted < most ? wanted : most;
-  split.tokens = int(round_up<int64_t>(ceil_div<int64_t>(p.M, slices > 1 ? slices : 1), 32));
+  const int64_t slices = best_slices(p.M, blocks, split.width);
+  split.tokens = int(round_up<int64_t>(ceil_div<int64_t>(p.M, slices), 32));
   split.slices = int(ceil_div<int64_t>(p.M, split.tokens));
   split.partial_floats = split.slices > 1 ? split.slices * split.width * columns : 0;
   return split;
@@ -336,15 +343,7 @@ void launch_wgrad(const LoraWgradParams& p, const Args& a, int columns) {
                 bytes, p.stream, 1, a);
 }
 
-}  // namespace
-
-int64_t lora_wgrad_workspace(const LoraWgradParams& p) {
-  if (p.M == 0) return 0;
-  const Split split = split_of(p);
-  return 4 * (split.partial_floats + split.dy.ds_floats + split.dy.dB_floats);
-}
-
-void lora_wgrad(const LoraWgradParams& p) {
+void check_wgrad(const LoraWgradParams& p) {
   FASTPEFT_CHECK(p.dtype == DType::kBFloat16 || p.dtype == DType::kFloat16,
                  "lora_wgrad: ", dtype_name(p.dtype), ", expected bfloat16 or float16");
   FASTPEFT_CHECK(p.R > 0 && p.R <= kMaxRank && p.K % 8 == 0 && p.N % 8 == 0 && p.K < (1 << 24) &&
@@ -354,6 +353,34 @@ void lora_wgrad(const LoraWgradParams& p) {
   for (const void* pointer : {p.x, p.dy, p.s, p.lora_b, static_cast<const void*>(p.ds)})
     FASTPEFT_CHECK(is_aligned(pointer, 16),
                    "lora_wgrad: a tensor must start at a multiple of 16 bytes");
+}
+
+// ds on its own.
+void shrink_dy(const LoraWgradParams& p) {
+  LoraShrinkParams shrink;
+  shrink.M = p.M;
+  shrink.K = p.N;
+  shrink.R = p.R;
+  shrink.dtype = p.dtype;
+  shrink.x = p.dy;
+  shrink.factor = p.lora_b;
+  shrink.is_transposed = true;
+  shrink.scale = p.scaling;
+  shrink.s = p.ds;
+  shrink.stream = p.stream;
+  lora_shrink(shrink);
+}
+
+}  // namespace
+
+int64_t lora_wgrad_workspace(const LoraWgradParams& p) {
+  if (p.M == 0) return 0;
+  const Split split = split_of(p);
+  return 4 * (split.partial_floats + split.dy.ds_floats + split.dy.dB_floats);
+}
+
+void lora_wgrad(const LoraWgradParams& p) {
+  check_wgrad(p);
   const Split split = split_of(p);
   float* const partial_dA = static_cast<float*>(p.workspace);
   float* const partial_dB = partial_dA + (split.slices > 1 ? split.slices * split.width * p.K : 0);
@@ -371,18 +398,7 @@ void lora_wgrad(const LoraWgradParams& p) {
     lora_dy(p, split.dy, partial_ds, partial_ds + split.dy.ds_floats);
     finish(p, ds, dB);
   } else {
-    LoraShrinkParams shrink;
-    shrink.M = p.M;
-    shrink.K = p.N;
-    shrink.R = p.R;
-    shrink.dtype = p.dtype;
-    shrink.x = p.dy;
-    shrink.factor = p.lora_b;
-    shrink.is_transposed = true;
-    shrink.scale = p.scaling;
-    shrink.s = p.ds;
-    shrink.stream = p.stream;
-    lora_shrink(shrink);
+    shrink_dy(p);
   }
   Args a = {};
   a.dB = {p.dy, p.s, p.dB, partial_dB, int(p.N), 0, p.scaling, false, false};

@@ -22,8 +22,9 @@
 // Sums of the warps meet in shared memory, those of the blocks through distributed shared memory,
 // always in the same order.
 //
-// Bound: reading the codes, 30 clocks for 1024 weights and SM of an H200 (4.1 TB/s); shared memory
-// needs 27 (16 lookups, 4 to write codes, 4 to read them, 3 for folded dy). README.md has the rest.
+// Bound: reading the codes, 33 clocks for 1024 weights and SM of an H200 (4.1 TB/s, 1.98 GHz).
+// Shared memory takes 28 (measured; 16 are lookups, 8 writing and reading the codes), issue 19 - 23
+// (75 - 92 instructions of 4 schedulers). 28672x8192, M = 1: 37 clocks. README.md has the rest.
 #include <algorithm>
 #include <cmath>
 #include <cstring>
@@ -38,11 +39,11 @@ namespace {
 
 using namespace skinny_dgrad;
 
-template <class T, int kTokens, bool kWide, int kDepth, bool kNested>
+template <class T, int kTokens, bool kWide, bool kNested>
 __global__ void __launch_bounds__(kThreads, 1)
     qlinear_dgrad_skinny_kernel(const __grid_constant__ Args a) {
   extern __shared__ __align__(1024) unsigned char shared[];
-  using L = Layout<kTokens, kWide, kDepth>;
+  using L = Layout<kTokens, kWide>;
   constexpr bool kPairs = kTokens == 4, kNormalise = std::is_same_v<T, fp16>;
   constexpr int kHalves = L::kHalves, kSlot = L::kSlot, kTok = kPairs ? 1 : kTokens / 8;
   const int lane = threadIdx.x % 32, g = lane / 4, t = lane % 4;
@@ -56,19 +57,12 @@ __global__ void __launch_bounds__(kThreads, 1)
   const int column_pair = 2 * pair_order(g);
 
   // Loads that no kernel of the same step writes: codes, scales, tables.
-  Place<kWide> next, far;  // one chunk ahead of the products: scales and dy; kDepth: codes
-  next.start_unit(a, h_begin, h_end, p_begin);
-  far = next;
-  Feeder<kWide, kSlot> feeder;
-  feeder.ring = shared_address(shared + kRingAt + warp * L::kRingBytes);
-  feeder.stride = uint32_t(a.strips_k) * kStripBytes;
+  Ahead<kWide, kSlot> next;
+  next.ring = shared_address(shared + kRingAt + warp * kChunk * kSlot);
+  next.stride = uint32_t(a.strips_k) * kStripBytes;
+  next.start_unit(a, h_begin, h_end, p_begin, p_end, lane);
 #pragma unroll
-  for (int c = 0; c < kDepth; ++c) {
-    if (c > 0) far.step(a, h_end, p_begin, p_end);
-    feeder.start(a, far, h_end, p_end, c * kChunk * kSlot, lane);
-#pragma unroll
-    for (int i = 0; i < kChunk; ++i) feeder.copy(i);
-  }
+  for (int i = 0; i < kChunk; ++i) next.copy(i);
   // First of the lane's rows of a chunk. N is a multiple of 8: past it, the last rows are read, and
   // count as zeros.
   const auto rows_at = [&](int item) { return min(item * kItem + 4 * lane, N - 4); };
@@ -111,7 +105,7 @@ __global__ void __launch_bounds__(kThreads, 1)
   // Row i of a matrix of step st is pair 4 (i/2) + 2 st + i%2 of the item's 16: lane t then has
   // rows 8t + 4 st .. + 3 of W in word (tile, st).
   const int matrix_pair = 4 * (lane % 8 / 2) + 2 * (lane / 16) + lane % 2;
-  const uint32_t read_at = keep(feeder.ring + matrix_pair / 8 * 256 + lane / 8 % 2 * kTileBytes +
+  const uint32_t read_at = keep(next.ring + matrix_pair / 8 * 256 + lane / 8 % 2 * kTileBytes +
                                 (pair_place(matrix_pair % 8) ^ (matrix_pair / 8 * 4)) * 16);
   const uint32_t lane4 = keep(lane * 4);
   // Folded dy, or high and low scales: 2 bytes a row, 256 a token or part.
@@ -159,7 +153,7 @@ __global__ void __launch_bounds__(kThreads, 1)
   uint4 q[kHalves];
   const auto load_codes = [&](int h, uint32_t at) {
     if (h == 0) {
-      wait_copies<kDepth * kChunk - 1>();
+      wait_copies<kChunk - 1>();
       __syncwarp();
     }
     q[h] = load_matrices_transposed(at + h * 512);
@@ -168,7 +162,7 @@ __global__ void __launch_bounds__(kThreads, 1)
   for (int h = 0; h < kHalves; ++h) load_codes(h, read_at);
   __syncwarp();
 
-  int half = 0, width = 0, phase = 0;
+  int half, width;
   for (int unit = 0;; ++unit) {
     const int half_before = half, width_before = width;
     half = next.half;
@@ -176,7 +170,7 @@ __global__ void __launch_bounds__(kThreads, 1)
     do {
       float s[4], restore = 1.0f;
       scales.decode(map, offset, a.inverse_gain, s);
-      const int item = next.item, items = next.items(p_end);
+      const int item = next.item, items = next.items;
       const bool is_ragged = item * kItem + kRows > N;
       if (is_ragged && item * kItem + 4 * lane >= N) {
         s[0] = s[1] = s[2] = s[3] = 0.0f;
@@ -198,12 +192,13 @@ __global__ void __launch_bounds__(kThreads, 1)
       }
       __syncwarp();
 
-      next.step(a, h_end, p_begin, p_end);
-      far.step(a, h_end, p_begin, p_end);
-      feeder.start(a, far, h_end, p_end, phase, lane);
-      const uint32_t now_at = read_at + phase;
-      if constexpr (kDepth > 1) phase ^= kChunk * kSlot;
-      if (next.half < h_end) {
+      if (item + kChunk < p_end)
+        next.step(a, p_end);
+      else
+        next.start_unit(a, half + width, h_end, p_begin, p_end, lane);
+      if (next.half >= h_end) {
+        next.strips = 0;
+      } else {
         scales.load(a, next.half, rows_at(next.item));
         if constexpr (kPairs) row_grads.load(row_grad + rows_at(next.item), N, tokens);
       }
@@ -230,12 +225,12 @@ __global__ void __launch_bounds__(kThreads, 1)
         }
         const float restore_item = kNormalise ? __shfl_sync(kAllLanes, restore, 8 * i) : 1.0f;
         // The item's codes are in registers: its slot is free. At the end of a short chunk the rest
-        // is copied too, so that as many younger groups follow the next item's in any case.
-        feeder.copy(i);
+        // is copied too, so that three younger groups follow the next item's in any case.
+        next.copy(i);
         if (i + 1 == items)
 #pragma unroll 1
-          for (int j = i + 1; j < kChunk; ++j) feeder.copy(j);
-        const uint32_t next_at = i + 1 < items ? now_at + (i + 1) * kSlot : read_at + phase;
+          for (int j = i + 1; j < kChunk; ++j) next.copy(j);
+        const uint32_t next_at = read_at + (i + 1 < items ? (i + 1) * kSlot : 0);
 #pragma unroll
         for (int h = 0; h < kHalves; ++h) {
           if (h == 0 || width > 1) {
@@ -342,24 +337,21 @@ struct Choice {
   int shared_bytes;
 };
 
-template <class T, int kTokens, bool kWide, int kDepth>
+template <class T, int kTokens, bool kWide>
 Choice choose_nested(bool is_nested) {
-  return {is_nested ? qlinear_dgrad_skinny_kernel<T, kTokens, kWide, kDepth, true>
-                    : qlinear_dgrad_skinny_kernel<T, kTokens, kWide, kDepth, false>,
-          Layout<kTokens, kWide, kDepth>::kBytes};
+  return {is_nested ? qlinear_dgrad_skinny_kernel<T, kTokens, kWide, true>
+                    : qlinear_dgrad_skinny_kernel<T, kTokens, kWide, false>,
+          Layout<kTokens, kWide>::kBytes};
 }
-// Narrow units: two chunks in the ring where the device has room for them.
-template <class T, int kTokens>
-Choice choose_ring(bool is_wide, bool is_nested, int shared_bytes) {
-  if (is_wide) return choose_nested<T, kTokens, true, 1>(is_nested);
-  const Choice deep = choose_nested<T, kTokens, false, 2>(is_nested);
-  return deep.shared_bytes <= shared_bytes ? deep : choose_nested<T, kTokens, false, 1>(is_nested);
+template <class T, bool kWide>
+Choice choose_tokens(int64_t M, bool is_nested) {
+  return M <= 4   ? choose_nested<T, 4, kWide>(is_nested)
+         : M <= 8 ? choose_nested<T, 8, kWide>(is_nested)
+                  : choose_nested<T, 16, kWide>(is_nested);
 }
 template <class T>
-Choice choose(int64_t M, bool is_wide, bool is_nested, int shared_bytes) {
-  return M <= 4   ? choose_ring<T, 4>(is_wide, is_nested, shared_bytes)
-         : M <= 8 ? choose_ring<T, 8>(is_wide, is_nested, shared_bytes)
-                  : choose_ring<T, 16>(is_wide, is_nested, shared_bytes);
+Choice choose(int64_t M, bool is_wide, bool is_nested) {
+  return is_wide ? choose_tokens<T, true>(M, is_nested) : choose_tokens<T, false>(M, is_nested);
 }
 
 // Blocks a cluster, clusters, and whether units are whole strips: what finishes first by a model of
@@ -424,9 +416,8 @@ void qlinear_dgrad_skinny(const QLinearDgradParams& p) {
   const int64_t halves = p.w.K / kHalf, items = ceil_div<int64_t>(p.w.N, kItem);
   const bool has_clusters = facts.arch >= 90 && facts.shared_bytes >= 227 * 1024;
   const Split split = choose_split(halves, items, chunks, facts.sm_count, has_clusters);
-  const bool is_nested = p.w.nested != nullptr;
-  const Choice choice = is_bf16 ? choose<bf16>(p.M, split.is_wide, is_nested, facts.shared_bytes)
-                                : choose<fp16>(p.M, split.is_wide, is_nested, facts.shared_bytes);
+  const Choice choice = is_bf16 ? choose<bf16>(p.M, split.is_wide, p.w.nested != nullptr)
+                                : choose<fp16>(p.M, split.is_wide, p.w.nested != nullptr);
   FASTPEFT_CHECK(facts.shared_bytes >= choice.shared_bytes, name, ": ", choice.shared_bytes,
                  " bytes of shared memory a block are needed, the device has ", facts.shared_bytes);
 

@@ -45,27 +45,26 @@ struct Args {
   uint16_t book[16];  // codes times gain, in the activations' type
 };
 
-// Shared memory of a variant: a ring of kDepth chunks a warp, and its scratch. kWide: whole strips,
-// for devices with 227 KB a block and clusters; else halves only, within 99 KB (kDepth 1), where
-// what belongs to one warp lies in the 128-byte holes between the entries of the table.
-template <int kTokens, bool kWide, int kDepth>
+// Shared memory of a variant. kWide: whole strips, for devices with 227 KB a block and clusters;
+// else halves only, within 99 KB, where what belongs to one warp lies in the 128-byte holes between
+// the entries of the table.
+template <int kTokens, bool kWide>
 struct Layout {
   static constexpr int kHalves = kWide ? 2 : 1;
-  static constexpr int kSlot = 512 * kHalves;  // an item
-  static constexpr int kRingBytes = kDepth * kChunk * kSlot;
+  static constexpr int kSlot = 512 * kHalves;          // an item
   static constexpr int kPuts = kTokens / 2 * kHalves;  // pairs of sums of a lane and unit
   // Of a warp: folded dy or scales, and the sums of a unit, where there is room twice.
   static constexpr int kFoldBytes = kTokens == 4 ? 8 * kRows : 4 * kRows;
   static constexpr int kSumBytes = 8 * 32 * kPuts;
-  static constexpr int kBuffers = kWide && kDepth == 1 && kTokens < 16 ? 2 : 1;
+  static constexpr int kBuffers = kWide && kTokens < 16 ? 2 : 1;
   static constexpr int kScratchBytes = kFoldBytes + kBuffers * kSumBytes;
-  static constexpr int kScratchAt = kWide ? kRingAt + kWarps * kRingBytes : 128;
+  static constexpr int kScratchAt = kWide ? kRingAt + kWarps * kChunk * kSlot : 128;
   static constexpr int kScratchStride = kWide ? kScratchBytes : 16 * kEntry;  // between warps
   static constexpr int kSumsIn = kWide ? kFoldBytes : 0;               // narrow: over the folded dy
   static constexpr int kMailAt = kScratchAt + kWarps * kScratchBytes;  // kWide: of two units
-  static constexpr int kBellAt = 128;                                  // kWide: two barriers
-  static constexpr int kBytes = kWide ? kMailAt + 2 * kSumBytes : kRingAt + kWarps * kRingBytes;
-  static_assert(kBytes <= (kWide || kDepth > 1 ? 227 : 99) * 1024, "shared memory");
+  static constexpr int kBellAt = kMailAt + 2 * kSumBytes;              // two barriers
+  static constexpr int kBytes = kWide ? kBellAt + 16 : kRingAt + kWarps * kChunk * kSlot;
+  static_assert(kWide ? kBytes <= 227 * 1024 : kBytes <= 99 * 1024, "shared memory");
   static_assert(kWide || (kFoldBytes <= 2048 && kSumBytes <= 2048), "the holes of 16 entries");
 
   static __device__ __forceinline__ constexpr int place(int byte) {
@@ -154,44 +153,40 @@ __device__ __forceinline__ uint32_t transpose_units(uint32_t w) {
   return w ^ differ ^ (differ << 4);
 }
 
-// ---- the walk of a warp: chunks of its rows, for every unit of its block
-template <bool kWide>
-struct Place {
+// ---- one chunk ahead of the products: where the warp is, copies of codes, loads of scales
+// Inside a slot: [half][strip][tile % 2][8 rows][16 bytes]; rows of the second strip are stored ^
+// 4, so that a matrix, which takes its 8 rows from both, meets every bank once. A unit of one half
+// lies in half 0.
+template <bool kWide, int kSlot>
+struct Ahead {
   int half, width;  // the unit begins at `half` and has 1 or 2
-  int item;         // first of the chunk
+  int item, items;  // the chunk; items: 0 in a warp without rows
+  // of this lane
+  uint32_t ring, to[2];  // its place in slot 0; of both strips
+  const uint8_t* source;
+  uint32_t stride;  // bytes between row strips
+  int strips;       // that it still copies
+  int most;         // a chunk: 8, or 0 where its half of the strips is not of the unit
 
-  __device__ __forceinline__ void start_unit(const Args& a, int h, int h_end, int p_begin) {
+  __device__ __forceinline__ void count(const Args& a, int p_end) {
+    items = min(kChunk, p_end - item);
+    strips = min(min(2 * items, a.strips_n - 2 * item), most);
+  }
+  __device__ __forceinline__ void start_unit(const Args& a, int h, int h_end, int p_begin,
+                                             int p_end, int lane) {
     half = h;
     item = p_begin;
     width = kWide && h % 2 == 0 && h + 1 < h_end && a.block_shift >= 6 ? 2 : 1;
-  }
-  __device__ __forceinline__ void step(const Args& a, int h_end, int p_begin, int p_end) {
-    item += kChunk;
-    if (item >= p_end) start_unit(a, half + width, h_end, p_begin);
-  }
-  // 0 in a warp without rows.
-  __device__ __forceinline__ int items(int p_end) const { return min(kChunk, p_end - item); }
-};
-
-// Copies the codes of a chunk into the ring. Inside a slot: [half][strip][tile % 2][8 rows][16
-// bytes]; rows of the second strip are stored ^ 4, so that a matrix, which takes its 8 rows from
-// both, meets every bank once. A unit of one half lies in half 0.
-template <bool kWide, int kSlot>
-struct Feeder {
-  uint32_t ring;  // of the warp
-  uint32_t to[2];
-  const uint8_t* source;
-  uint32_t stride;  // bytes between row strips
-  int strips;       // that this lane still copies
-
-  __device__ __forceinline__ void start(const Args& a, const Place<kWide>& at, int h_end, int p_end,
-                                        int phase, int lane) {
-    const int place = lane / 16 - at.half % 2;
-    const int most = unsigned(place) < unsigned(at.width) && at.half < h_end ? 2 * kChunk : 0;
-    strips = min(min(2 * at.items(p_end), a.strips_n - 2 * at.item), most);
-    source = a.codes + (int64_t(2 * at.item) * a.strips_k + at.half / 2) * kStripBytes + lane * 16;
-    to[0] = ring + phase + (kWide ? place * 512 : 0) + lane / 8 % 2 * kTileBytes + lane % 8 * 16;
+    most = unsigned(lane / 16 - half % 2) < unsigned(width) ? 2 * kChunk : 0;
+    source = a.codes + (int64_t(2 * item) * a.strips_k + half / 2) * kStripBytes + lane * 16;
+    to[0] = ring + (kWide ? (lane / 16 - half % 2) * 512 : 0) + lane / 8 % 2 * kTileBytes +
+            lane % 8 * 16;
     to[1] = (to[0] ^ 64) + 256;
+    count(a, p_end);
+  }
+  __device__ __forceinline__ void step(const Args& a, int p_end) {
+    item += kChunk;
+    count(a, p_end);
   }
   // The next item of the chunk, into slot i; past its end nothing.
   __device__ __forceinline__ void copy(int i) {

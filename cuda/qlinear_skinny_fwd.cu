@@ -23,13 +23,17 @@
 //     and B is zero where strip != t. So one accumulator holds the sum of one 64-column block, and
 //     a lane scales what it has with the two absmax that it has decoded: a quarter of the fix-ups.
 //
-// Sums of a warp go to shared memory, a float4 a lane; at the end they are added over warps in
-// order. LoRA and bias are one more part beside those of the 16 warps, by tensor cores.
+// Sums go to shared memory, a float4 a lane: one part a group, or a warp's own where there are more
+// groups than warps; at the end they are added in the order of parts. LoRA and bias are one more
+// part, by tensor cores.
 //
 // Bound: reading the codes once, 0.516 bytes a weight. An item costs 64 PRMT + 64 LDS + 16 mma (32
-// for 16 tokens) of lookups and about 60 instructions else; shared memory moves 64 + 16 (reading
-// codes) + 16 (writing them) rows of 128 bytes: 96 clocks an item against 117 for its 2113 bytes at
-// the 18 bytes a clock and multiprocessor of DRAM.
+// for 16 tokens) of lookups and about 80 instructions else; shared memory moves 64 + 16 (reading
+// codes) + 16 (writing them) rows of 128 bytes: 96 clocks an item against about 117 that DRAM needs
+// for its 2113 bytes (18 bytes a clock and multiprocessor). So lookups keep up with memory, but
+// cannot catch up what the start of a block loses; that start, not the loop, is what is left (clock
+// stamps in a block, 14336x4096, M = 1: first item begun after 6000 clocks, then 1600 an item, 1300
+// for the last sums). H200; README.md has the times.
 #include "dependent_launch.cuh"
 #include "qlinear_skinny_fwd.cuh"
 
@@ -61,10 +65,37 @@ __global__ void __launch_bounds__(kThreads, 1)
   const int strip_end = strip_begin + a.base + (block < a.rest);
   launch_dependents();
 
-  // The first slot of the ring. With more tokens chunk (tile T, row r) of a strip goes to T * 128 +
-  // (r ^ 2T) * 16 against bank conflicts.
   Walk walk;
   walk.start(a, strip_begin, strip_end, warp);
+  // The small things that every warp waits for go first: behind the rings' 4 MB they would take 2
+  // us more.
+  const int nested_first = strip_begin * kTileN * a.blocks_a_row >> 8;
+  float map_value = 0.0f, nested_value = 0.0f, offset = 0.0f;
+  if constexpr (kNested) {
+    const int last = (min(strip_end * kTileN, a.N) * a.blocks_a_row - 1) >> 8;
+    offset = __ldg(a.nested);
+    if (threadIdx.x < 256) map_value = __ldg(a.nested + 1 + threadIdx.x);
+    if (nested_first + int(threadIdx.x) <= last)
+      nested_value = __ldg(a.nested + 257 + nested_first + threadIdx.x);
+  }
+  const Scale* scale_at;  // this lane's two rows of strip t of the group (the last one past K)
+  int nested_at;
+  const auto aim_scales = [&] {
+    const int block = min(walk.group * kStrips + t, a.strips_k - 1) * kTileK >> a.block_shift;
+    const int n = (walk.base + walk.row) * kTileN + row_pair;
+    scale_at = reinterpret_cast<const Scale*>(static_cast<const char*>(a.scales) +
+                                              (int64_t(block) * a.Np + n) * int(sizeof(Scale) / 2));
+    nested_at = n * a.blocks_a_row + block - (nested_first << 8);
+  };
+  ScaleWord scale_code;
+  const auto load_first_scale = [&] {
+    aim_scales();
+    scale_code = __ldg(scale_at);
+  };
+  if constexpr (!kIsDiagonal) load_first_scale();  // the two-token path decodes it late
+
+  // The first slot of the ring. With more tokens chunk (tile T, row r) of a strip goes to T * 128 +
+  // (r ^ 2T) * 16 against bank conflicts.
   const uint32_t ring = shared_address(shared + kItemsAt + warp * kDepth * kItemBytes);
   const uint32_t barriers =
       shared_address(shared + kItemsAt + kWarps * kDepth * kItemBytes + warp * kDepth * 8);
@@ -90,17 +121,7 @@ __global__ void __launch_bounds__(kThreads, 1)
   }
   feed();
 
-  // Then the small things that every warp waits for, before memory is busy with the other slots.
-  const Scale* scale_at;  // this lane's two rows of strip t of the group (the last one past K)
-  int nested_at;
-  const int nested_first = strip_begin * kTileN * a.blocks_a_row >> 8;
-  const auto aim_scales = [&] {
-    const int block = min(walk.group * kStrips + t, a.strips_k - 1) * kTileK >> a.block_shift;
-    const int n = (walk.base + walk.row) * kTileN + row_pair;
-    scale_at = reinterpret_cast<const Scale*>(static_cast<const char*>(a.scales) +
-                                              (int64_t(block) * a.Np + n) * int(sizeof(Scale) / 2));
-    nested_at = n * a.blocks_a_row + block - (nested_first << 8);
-  };
+  if constexpr (kIsDiagonal) load_first_scale();
   const auto prefetch_scales = [&](int group) {  // of all row strips, 32 bytes a lane
     const int block = min(group * kStrips + t, a.strips_k - 1) * kTileK >> a.block_shift;
     const char* at = static_cast<const char*>(a.scales) +
@@ -109,16 +130,6 @@ __global__ void __launch_bounds__(kThreads, 1)
 #pragma unroll 1
     for (int i = lane / 4 * 32; i < bytes; i += 256) prefetch(at + i);
   };
-  aim_scales();
-  ScaleWord scale_code = __ldg(scale_at);
-  float offset = 0.0f, map_value = 0.0f, nested_value = 0.0f;
-  if constexpr (kNested) {
-    const int last = (min(strip_end * kTileN, a.N) * a.blocks_a_row - 1) >> 8;
-    offset = __ldg(a.nested);
-    if (threadIdx.x < 256) map_value = __ldg(a.nested + 1 + threadIdx.x);
-    if (nested_first + int(threadIdx.x) <= last)
-      nested_value = __ldg(a.nested + 257 + nested_first + threadIdx.x);
-  }
   prefetch_scales(walk.group);
   {  // two threads an entry of the table, 64 bytes each, rotated so that stores spread over banks
     const uint32_t low = a.book[lane / 4] >> (lane / 2 % 2 * 16), high = a.book[warp / 2];
@@ -130,8 +141,9 @@ __global__ void __launch_bounds__(kThreads, 1)
                                 ((q + entry) & 3) * 16) = make_uint4(pair, pair, pair, pair);
   }
   step = -step;
-  // x of 16 tokens is as much as half the weights of 4096 x 4096: it goes before the second slot.
-  const bool is_late = kTokens == 16 && kDepth == 2 && !a.is_dependent;
+  // The second slot waits until x has been asked for: the first slots of all warps come sooner so.
+  // In a dependent launch x has to wait anyway.
+  const bool is_late = kDepth == 2 && !a.is_dependent;
   barrier = barriers + 8;
   if (kDepth == 2 && !is_late) feed();
   // part j of an item: with two tokens lane t reads tile t ^ j of strip t, else tile t of strip j
@@ -159,10 +171,7 @@ __global__ void __launch_bounds__(kThreads, 1)
         x.load(a, m0, g, t, walk.group);
         x_group = walk.group;
       }
-      if (!is_first) {
-        aim_scales();
-        scale_code = __ldg(scale_at);
-      }
+      if (!is_first) load_first_scale();
       SumPlace<kTiles> own;
       own.find(a, kSumsAt, a.by_group ? walk.group : warp, lane);
       uint32_t sum_at = own.at + walk.row * kTiles * own.unit_stride;
@@ -224,24 +233,23 @@ __global__ void __launch_bounds__(kThreads, 1)
           for (int j = 0; j < 4; ++j) read_part(j);
           free_slot();
         }
-        const ScaleWord code = scale_code;
-        scale_at += kTileN / 2;
-        if (i + 1 < walk.run) scale_code = __ldg(scale_at);
         float scale[2];
         const auto decode_scales = [&] {
           if constexpr (kNested) {
             const auto nested_of = [&](int block) {
               return shared_float(shared, kNestedAt, block >> 6);
             };
-            scale[0] = __fmaf_rn(shared_float(shared, kTableBytes, code << 2 & 0x3FC),
+            scale[0] = __fmaf_rn(shared_float(shared, kTableBytes, scale_code << 2 & 0x3FC),
                                  nested_of(nested_at), offset);
-            scale[1] = __fmaf_rn(shared_float(shared, kTableBytes, code >> 6),
+            scale[1] = __fmaf_rn(shared_float(shared, kTableBytes, scale_code >> 6),
                                  nested_of(nested_at + a.blocks_a_row), offset);
             nested_at += kTileN * a.blocks_a_row;
           } else {
-            scale[0] = code.x * a.inverse_gain;
-            scale[1] = code.y * a.inverse_gain;
+            scale[0] = scale_code.x * a.inverse_gain;
+            scale[1] = scale_code.y * a.inverse_gain;
           }
+          scale_at += kTileN / 2;
+          if (i + 1 < walk.run) scale_code = __ldg(scale_at);
         };
         if constexpr (!kIsDiagonal) {
           decode_scales();
@@ -433,8 +441,10 @@ void launch(Args& a, DType dtype, Format format, int64_t parts, Stream stream,
 }  // namespace skinny
 
 bool skinny_fits(const QLinearFwdParams& p) {
+  const int64_t blocks_a_row = p.w.K / p.w.blocksize;
   return weight_fits(p.w, p.dtype) && p.w.blocksize >= kTileK && is_aligned(p.x, 16) &&
-         p.w.K / p.w.blocksize <= (kNestedFloats - 2) * 16 && p.w.N < (int64_t(1) << 27);
+         blocks_a_row <= (kNestedFloats - 2) * 16 && p.w.N < (int64_t(1) << 27) &&
+         round_up<int64_t>(p.w.N, kTileN) * blocks_a_row < (int64_t(1) << 31);
 }
 
 void qlinear_fwd_skinny(const QLinearFwdParams& p) {

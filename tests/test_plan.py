@@ -12,11 +12,20 @@ _C = pytest.importorskip("fastpeft._C", reason="fastpeft._C is not built: it pri
 
 FORMATS = ("dense", "nf4", "fp4", "int8")
 DTYPE_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
-KERNELS = {"fused", "wgmma", "narrow", "dequantize+matmul", "panels+matmul", "dense"}
+KERNELS = {
+    "fused",
+    "wgmma",
+    "narrow",
+    "dequantize+matmul",
+    "panels+matmul",
+    "dense",
+}  # LLM.int8() is no problem of plan()
 MACHINES = ((0, 2), (0, 64), (80, 108), (90, 132))  # (arch, multiprocessors or threads)
 SIZES = ((1, 1), (7, 341), (576, 1536), (4096, 4096), (28672, 8192))  # (N, K)
 PROBLEMS = list(
-    itertools.product(FORMATS, ("fwd", "dgrad"), DTYPE_BYTES, MACHINES, SIZES, (0, 1, 8, 9, 64, 200, 4096))
+    itertools.product(
+        FORMATS, ("fwd", "dgrad"), DTYPE_BYTES, MACHINES, SIZES, (0, 1, 8, 9, 64, 200, 4096)
+    )
 )
 
 

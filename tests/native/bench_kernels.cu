@@ -1,8 +1,8 @@
 // Times of the CUDA kernels without torch: CUDA-graph replays over rotated copies of the weights
 // (and outputs), so that L2 never holds what a launch reads; median, p20 and p80 of the replays, in
-// us a launch. `bench_kernels [--pdl] [filter]` prints one line a case whose name contains the filter;
-// without --pdl every launch waits for the whole of the one before. Values are test_kernels'
-// business: run it first.
+// us a launch. `bench_kernels [--pdl] [filter]` prints one line a case whose name contains the
+// filter; without --pdl every launch waits for the whole of the one before. Values are
+// test_kernels' business: run it first.
 #include <algorithm>
 #include <functional>
 #include <memory>

@@ -237,7 +237,8 @@ void test_linears() {
   test_nf4_tiles();
 }
 
-// More columns than the warps of a block take in one go, for one and for several row strips a block.
+// More columns than the warps of a block take in one go, for one and for several row strips a
+// block.
 void test_wide_linears() {
   for (const int64_t N : {20, 2136})
     for (const bool is_nested : {false, true}) {
