@@ -58,12 +58,13 @@ template <class T_, int kTokens_>
 struct Config {
   using T = T_;
   static constexpr int kTokens = kTokens_;
-  static constexpr int kStages = kTokens == 256 ? 4 : 6;
+  static constexpr int kStages = kTokens == 256 ? 4 : kTokens == 128 ? 6 : 8;
   static constexpr int kWBytes = kRows * kBlockBytes, kXBytes = kTokens * kBlockBytes;
   static constexpr int kStageBytes = kWBytes + kXBytes;
   // For each consumer warpgroup: first its tokens' scales, then 128 tokens x 64 rows on their way
   // out.
-  static constexpr int kOutAt = kStages * kStageBytes, kOutBytes = 128 * 128;
+  static constexpr int kOutTokens = kTokens < 128 ? kTokens : 128;
+  static constexpr int kOutAt = kStages * kStageBytes, kOutBytes = kOutTokens * 128;
   static constexpr int kBarAt = kOutAt + 2 * kOutBytes;
   static constexpr int kShared = kBarAt + 16 * kStages + 1024;
   static_assert(kShared <= 232448, "shared memory of sm_90");
@@ -303,14 +304,14 @@ struct Consumer {
     const uint32_t chunk = 2 * warp + ((lane >> 3) & 1), token = lane & 7;
     const uint32_t to = out + ((lane >> 4) * 8 + token) * 128 + ((chunk ^ token) << 4);
 #pragma unroll
-    for (int round = 0; round < C::kTokens / 128; round++) {
+    for (int round = 0; round < C::kTokens / C::kOutTokens; round++) {
       wait_staging();
 #pragma unroll
-      for (int j = 0; j < 16; j += 2) {
+      for (int j = 0; j < C::kOutTokens / 8; j += 2) {
         uint32_t packed[4];
 #pragma unroll
         for (int i = 0; i < 4; i++) {
-          const int at = 4 * (16 * round + j + i / 2) + 2 * (i % 2);
+          const int at = 4 * (C::kOutTokens / 8 * round + j + i / 2) + 2 * (i % 2);
           packed[i] = pack_pair<T>(fmaf(number(sum[at]), factor[i % 2], shift[i % 2]),
                                    fmaf(number(sum[at + 1]), factor[i % 2], shift[i % 2]));
         }
@@ -320,9 +321,9 @@ struct Consumer {
       named_barrier(1 + cw, 128);
       if ((threadIdx.x & 127) == 0) {
 #pragma unroll
-        for (int group = 0; group < 2; group++)
+        for (int group = 0; group < C::kOutTokens / 64; group++)
           tma_store_2d(&maps.y, out + group * 8192, item.row * kRows + cw * 64,
-                       item.token * C::kTokens + round * 128 + group * 64);
+                       item.token * C::kTokens + round * C::kOutTokens + group * 64);
         store_commit();
       }
     }
@@ -335,10 +336,10 @@ struct Consumer {
     for (int i = 0, items = schedule.count(); i < items; i++) {
       const Item item = schedule.at(i);
       const int n = item.row * kRows + cw * 64 + warp * 16 + g;
-      float token_scale[C::kTokens / 128], factor[2], shift[2];
+      float token_scale[C::kTokens / C::kOutTokens], factor[2], shift[2];
 #pragma unroll
-      for (int j = 0; j < C::kTokens / 128; j++) {
-        const int m = item.token * C::kTokens + j * 128 + thread;
+      for (int j = 0; j < C::kTokens / C::kOutTokens; j++) {
+        const int m = item.token * C::kTokens + j * C::kOutTokens + thread;
         token_scale[j] = m < a.M ? a.scale[m] * (1.0f / 127.0f) : 0.0f;
       }
 #pragma unroll
@@ -350,8 +351,8 @@ struct Consumer {
       integers();
       wait_staging();
 #pragma unroll
-      for (int j = 0; j < C::kTokens / 128; j++)
-        asm volatile("st.shared.f32 [%0], %1;" ::"r"(out + (j * 128 + thread) * 4),
+      for (int j = 0; j < C::kTokens / C::kOutTokens; j++)
+        asm volatile("st.shared.f32 [%0], %1;" ::"r"(out + (j * C::kOutTokens + thread) * 4),
                      "f"(token_scale[j])
                      : "memory");
       named_barrier(1 + cw, 128);
@@ -431,6 +432,16 @@ void launch(const Int8EpilogueParams& p, GemmArgs a) {
                 C::kShared, p.stream, 2, maps, a);
 }
 
+template <class T>
+void launch_tile(const Int8EpilogueParams& p, const GemmArgs& a) {
+  if (p.tile_tokens == 256)
+    launch<Config<T, 256>>(p, a);
+  else if (p.tile_tokens == 128)
+    launch<Config<T, 128>>(p, a);
+  else
+    launch<Config<T, 64>>(p, a);
+}
+
 }  // namespace
 
 void int8_wgmma_fwd(const Int8EpilogueParams& p) {
@@ -451,11 +462,10 @@ void int8_wgmma_fwd(const Int8EpilogueParams& p) {
   a.x = p.x;
   a.bias = p.bias;
   a.scaling = p.scaling;
-  const bool is_wide = p.tile_tokens == 256;
   if (p.dtype == DType::kBFloat16)
-    is_wide ? launch<Config<bf16, 256>>(p, a) : launch<Config<bf16, 128>>(p, a);
+    launch_tile<bf16>(p, a);
   else
-    is_wide ? launch<Config<fp16, 256>>(p, a) : launch<Config<fp16, 128>>(p, a);
+    launch_tile<fp16>(p, a);
 }
 
 }  // namespace fastpeft::cuda

@@ -51,7 +51,10 @@ def test_every_problem_has_a_sound_plan(fmt):
             assert machine[0] == 0 and 1 <= p["panel_rows"] <= max(N, 16), where
         if p["kernel"] == "dense":
             assert p["workspace_bytes"] == 0, where
-        if p["kernel"] in ("wgmma", "narrow"):
+        if p["kernel"] == "wgmma" and format == "int8":
+            assert machine[0] == 90 and dtype == "bfloat16", where
+            assert K % 16 == 0 and N % 8 == 0 and p["tile_tokens"] in (128, 256), where
+        elif p["kernel"] in ("wgmma", "narrow"):
             assert machine[0] == 90 and format == "nf4" and dtype == "bfloat16", where
             assert K % 64 == 0 and p["tile_rows"] in (64, 128), where
             widths = (128, 256) if p["kernel"] == "wgmma" else (16, 32, 64, 128)
@@ -79,6 +82,19 @@ def test_many_tokens_run_on_tensor_cores_of_sm_90(direction):
     for other in ({"K": 4100}, {"N": 4097}, {"dtype": "float16"}, {"blocksize": 32}):
         sizes = {"M": 2048, "N": 4096, "K": 4096, **other}
         assert _C.plan(**sizes, arch=90, sm_count=132, direction=direction)["kernel"] != "wgmma"
+
+
+@pytest.mark.skipif(not _C.build_facts()["sm90a"], reason="built without sm_90a kernels")
+def test_int8_on_sm_90():
+    """Weight only: one pass for few tokens, then tensor cores; never a 16-bit copy in bf16."""
+    for M, kernel in ((1, "fused"), (16, "fused"), (17, "wgmma"), (8192, "wgmma")):
+        p = plan(M, 4096, 4096, (90, 132), format="int8")
+        assert p["kernel"] == kernel and p["workspace_bytes"] == 0, p
+    for M in (1, 64, 8192):
+        assert plan(M, 4096, 4096, (90, 132), format="int8", direction="dgrad")["kernel"] == "wgmma"
+    for other in ({"K": 4100}, {"N": 4097}, {"dtype": "float16"}):
+        sizes = {"M": 2048, "N": 4096, "K": 4096, **other}
+        assert _C.plan(**sizes, format="int8", arch=90, sm_count=132)["kernel"] != "wgmma"
 
 
 def test_same_problem_same_plan():

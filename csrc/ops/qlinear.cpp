@@ -293,8 +293,7 @@ Tensor qlinear_dgrad(const Tensor& dy, const Tensor& codes, const OptionalTensor
   const Plan plan = plan_for(backend, w.view, Direction::kDgrad, dtype, M, R);
   const bool is_one = plan.kernel == KernelId::kDense && ds && dropout_p == 0.0 &&
                       is_one_product(backend, w.view, Direction::kDgrad, dtype, M, R);
-  const bool is_fused =
-      plan.kernel == KernelId::kFused || plan.kernel == KernelId::kWgmma ||
+  const bool is_fused = plan.kernel == KernelId::kFused || plan.kernel == KernelId::kWgmma ||
                         plan.kernel == KernelId::kNarrow || is_one;
   const bool fuses_ds = is_fused && (plan.fuses_lora || is_one) && ds && dropout_p == 0.0;
   if (is_fused) {

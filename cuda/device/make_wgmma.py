@@ -129,7 +129,7 @@ __device__ __forceinline__ void wgmma_shared(float (&d)[128], uint64_t a_desc, u
 
 if __name__ == "__main__":
     write("wgmma.cuh", HEAD + "".join(instruction(n) for n in (16, 32, 64, 128, 256)))
-    write("wgmma_shared.cuh", SHARED_HEAD + "".join(shared_instructions(n) for n in (128, 256)))
+    write("wgmma_shared.cuh", SHARED_HEAD + "".join(shared_instructions(n) for n in (64, 128, 256)))
     names = [f"%{i}" for i in range(128)]
     outs = [f'"+f"(d[{i}])' for i in range(128)]
     text = SS.format(d=", ".join(names), outs=", ".join(outs))

@@ -214,18 +214,121 @@ void bench_shape(const Shape& s) {
     }
 }
 
+// int8 weights [14336, 4096]: weight only, its input gradient, and LLM.int8() with 8 outlier
+// columns (rows and product apart, and together).
+void bench_int8() {
+  const int64_t N = 14336, K = 4096, most = 8192, capacity = 512;
+  const int copies = 4;
+  Device codes(copies * N * K), absmax(4 * N), x(most * N * 2), y(most * N * 2), q(most * K),
+      scale(4 * most), flags(K), list(4 * (1 + K)), x_columns(most * capacity * 2),
+      w_columns(N * capacity * 2);
+  fill(codes.p, copies * N * K);
+  fill_values(absmax.p, 2 * N);
+  fill_values(x.p, most * N);
+  const __nv_bfloat16 large = __float2bfloat16_rn(8.0f);
+  for (int64_t k = 5; k < K; k += K / 8)
+    NATIVE_CUDA(cudaMemcpy(static_cast<char*>(x.p) + 2 * k, &large, 2, cudaMemcpyHostToDevice));
+  const auto view = [&](int i) {
+    WeightView w;
+    w.format = Format::kInt8;
+    w.N = N;
+    w.K = K;
+    w.codes = static_cast<char*>(codes.p) + N * K * i;
+    w.scales = absmax.p;
+    return w;
+  };
+  for (const int64_t M : {1, 8, 16, 64, 256, 2048, 8192}) {
+    const std::string m = " 14336x4096 M=" + std::to_string(M);
+    Problem problem;
+    problem.format = Format::kInt8;
+    problem.M = M;
+    problem.N = N;
+    problem.K = K;
+    problem.arch = cuda::device_facts().arch;
+    problem.sm_count = cuda::device_facts().sm_count;
+    const Plan fwd = make_plan(problem);
+    problem.direction = Direction::kDgrad;
+    const Plan dgrad = make_plan(problem);
+    problem.direction = Direction::kFwd;
+    problem.has_int8_activations = true;
+    const Plan llm = make_plan(problem);
+    const double bytes = 1.0 * N * K + 2.0 * M * (N + K);
+    const auto is_ours = [](const Plan& plan) {
+      return plan.kernel == KernelId::kFused || plan.kernel == KernelId::kWgmma;
+    };
+    if (is_ours(fwd))
+      time_case("int8 fwd" + m, copies, bytes, [&](int i, cudaStream_t stream) {
+        QLinearFwdParams p;
+        p.w = view(i);
+        p.M = M;
+        p.tile_tokens = fwd.tile_tokens;
+        p.dtype = DType::kBFloat16;
+        p.x = x.p;
+        p.y = y.p;
+        p.stream = stream;
+        cuda::qlinear_fwd(p);
+      });
+    if (is_ours(dgrad))
+      time_case("int8 dgrad" + m, copies, bytes, [&](int i, cudaStream_t stream) {
+        QLinearDgradParams p;
+        p.w = view(i);
+        p.M = M;
+        p.tile_tokens = dgrad.tile_tokens;
+        p.dtype = DType::kBFloat16;
+        p.dy = x.p;
+        p.dx = y.p;
+        p.stream = stream;
+        cuda::qlinear_dgrad(p);
+      });
+    const auto rows = [&](int i, cudaStream_t stream) {
+      QuantizeRowsParams p;
+      p.M = M;
+      p.K = K;
+      p.dtype = DType::kBFloat16;
+      p.x = x.p;
+      p.threshold = 6.0f;
+      p.q = static_cast<int8_t*>(q.p);
+      p.scale = static_cast<float*>(scale.p);
+      p.outlier = static_cast<uint8_t*>(flags.p);
+      p.w = view(i);
+      p.columns = {llm.outlier_capacity, static_cast<int32_t*>(list.p), x_columns.p, w_columns.p};
+      p.stream = stream;
+      cuda::quantize_rows(p);
+    };
+    const auto product = [&](int i, cudaStream_t stream) {
+      Int8EpilogueParams p;
+      p.w = view(i);
+      p.M = M;
+      p.tile_tokens = llm.tile_tokens;
+      p.dtype = DType::kBFloat16;
+      p.q = static_cast<int8_t*>(q.p);
+      p.scale = static_cast<float*>(scale.p);
+      p.outlier = static_cast<uint8_t*>(flags.p);
+      p.columns = {llm.outlier_capacity, static_cast<int32_t*>(list.p), x_columns.p, w_columns.p};
+      p.x = x.p;
+      p.y = y.p;
+      p.stream = stream;
+      cuda::int8_epilogue(p);
+    };
+    if (!is_ours(llm)) continue;
+    time_case("llm.int8 rows" + m, copies, 3.0 * M * K, rows);
+    time_case("llm.int8 product" + m, copies, bytes, product);
+    time_case("llm.int8" + m, copies, bytes, [&](int i, cudaStream_t stream) {
+      rows(i, stream);
+      product(i, stream);
+    });
+  }
+}
+
 // The kernels no Part of the tables above: one shape each.
 void bench_rest() {
-  const int64_t N = 14336, K = 4096, M = 2048;
+  const int64_t N = 14336, K = 4096;
   const int copies = 4;
-  Device w(copies * N * K * 2), codes(copies * N * K), absmax(N * K / 64 * 4), acc(M * N * 4),
-      flags(K), seed(8);
+  Device w(copies * N * K * 2), codes(copies * N * K), absmax(N * K / 64 * 4), seed(8);
   fill_values(w.p, copies * N * K);
   fill(codes.p, copies * N * K);
   fill(absmax.p, 4 * N);
-  NATIVE_CUDA(cudaMemset(flags.p, 0, K));
   NATIVE_CUDA(cudaMemset(seed.p, 1, 8));
-  NATIVE_CUDA(cudaMemset(acc.p, 1, M * N * 4));
   const auto part = [](const Device& d, int64_t bytes, int i) {
     return static_cast<char*>(d.p) + bytes * i;
   };
@@ -261,72 +364,6 @@ void bench_rest() {
     p.out = part(w, N * K * 2, i);
     p.stream = stream;
     cuda::dequantize(p);
-  });
-  for (const int64_t tokens : {1, 4, 8}) {
-    const std::string m = std::to_string(tokens);
-    WeightView view;
-    view.format = Format::kInt8;
-    view.N = N;
-    view.K = K;
-    view.scales = absmax.p;
-    time_case("fwd int8 weight-only 14336x4096 M=" + m, copies, 1.0 * N * K,
-              [&](int i, cudaStream_t stream) {
-                QLinearFwdParams p;
-                p.w = view;
-                p.w.codes = part(codes, N * K, i);
-                p.M = tokens;
-                p.dtype = DType::kBFloat16;
-                p.x = w.p;
-                p.y = acc.p;
-                p.stream = stream;
-                cuda::qlinear_fwd(p);
-              });
-    time_case("int8_epilogue dp4a 14336x4096 M=" + m, copies, 1.0 * N * K,
-              [&](int i, cudaStream_t stream) {
-                Int8EpilogueParams p;
-                p.w = view;
-                p.w.codes = part(codes, N * K, i);
-                p.M = tokens;
-                p.dtype = DType::kBFloat16;
-                p.q = static_cast<int8_t*>(codes.p);
-                p.scale = static_cast<float*>(absmax.p);
-                p.outlier = static_cast<uint8_t*>(flags.p);
-                p.x = w.p;
-                p.y = acc.p;
-                p.stream = stream;
-                cuda::int8_epilogue(p);
-              });
-  }
-  time_case("quantize_rows 2048x4096", copies, 3.0 * M * K, [&](int i, cudaStream_t stream) {
-    QuantizeRowsParams p;
-    p.M = M;
-    p.K = K;
-    p.dtype = DType::kBFloat16;
-    p.x = part(w, M * K * 2, i);
-    p.threshold = 6.0f;
-    p.q = reinterpret_cast<int8_t*>(part(codes, M * K, i));
-    p.scale = static_cast<float*>(absmax.p);
-    p.outlier = static_cast<uint8_t*>(flags.p);
-    p.stream = stream;
-    cuda::quantize_rows(p);
-  });
-  time_case("int8_epilogue acc 2048x14336", copies, 6.0 * M * N, [&](int i, cudaStream_t stream) {
-    Int8EpilogueParams p;
-    p.w.format = Format::kInt8;
-    p.w.N = N;
-    p.w.K = K;
-    p.w.codes = codes.p;
-    p.w.scales = absmax.p;
-    p.M = M;
-    p.dtype = DType::kBFloat16;
-    p.acc = static_cast<int32_t*>(acc.p);
-    p.q = static_cast<int8_t*>(codes.p);
-    p.scale = static_cast<float*>(absmax.p);
-    p.outlier = static_cast<uint8_t*>(flags.p);
-    p.x = w.p;
-    p.y = part(w, M * N * 2, i);
-    p.stream = stream;
-    cuda::int8_epilogue(p);
   });
   time_case("dropout 8192x4096 bf16", copies, 4.0 * 8192 * K, [&](int i, cudaStream_t stream) {
     DropoutParams p;
@@ -446,6 +483,7 @@ int main(int argc, char** argv) {
   try {
     bench_copy();
     for (const Shape& s : kShapes) bench_shape(s);
+    bench_int8();
     bench_rest();
     bench_lora();
   } catch (const Error& e) {

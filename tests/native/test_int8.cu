@@ -142,7 +142,7 @@ void test_llm_int8(const Int8Case& c) {
   if (R == 0) run("dp4a", false, false, 0);
   if (is_16bit && K % 16 == 0) run("skinny", false, true, 0);
   if (is_16bit && K % 16 == 0 && N % 8 == 0 && R % 8 == 0 && cuda::device_facts().arch == 90)
-    for (const int64_t tile_tokens : {128, 256}) run("wgmma", false, true, tile_tokens);
+    for (const int64_t tile_tokens : {64, 128, 256}) run("wgmma", false, true, tile_tokens);
 }
 
 }  // namespace
