@@ -61,8 +61,8 @@ WeightArgs weight_args(const Tensor& codes, const OptionalTensor& scales,
   } else {
     check_4bit_weight(w, like_name, like);
   }
-  w.codes = contiguous_of(codes);
-  w.scales = contiguous_of(*scales);
+  w.codes = aligned(codes);  // kernels copy in bulk
+  w.scales = aligned(*scales);
   if (nested) w.nested = contiguous_of(*nested);
   w.view.codes = w.codes.data_ptr();
   w.view.scales = w.scales->data_ptr();

@@ -261,7 +261,7 @@ void bench_int8() {
         QLinearFwdParams p;
         p.w = view(i);
         p.M = M;
-        p.tile_tokens = fwd.tile_tokens;
+        p.plan = fwd;
         p.dtype = DType::kBFloat16;
         p.x = x.p;
         p.y = y.p;
@@ -273,7 +273,7 @@ void bench_int8() {
         QLinearDgradParams p;
         p.w = view(i);
         p.M = M;
-        p.tile_tokens = dgrad.tile_tokens;
+        p.plan = dgrad;
         p.dtype = DType::kBFloat16;
         p.dy = x.p;
         p.dx = y.p;
