@@ -76,6 +76,7 @@ py::dict plan(int64_t M, int64_t N, int64_t K, int64_t R, const std::string& for
   result["tile_rows"] = chosen.tile_rows;
   result["tile_tokens"] = chosen.tile_tokens;
   result["split"] = chosen.split;
+  result["predicted_us"] = chosen.predicted_us;
   result["panel_rows"] = chosen.panel_rows;
   result["workspace_bytes"] = chosen.workspace_bytes;
   result["text"] = describe(p, chosen);

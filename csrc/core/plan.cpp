@@ -255,12 +255,14 @@ Plan make_plan(const Problem& p) {
                           : skinny_serves(p) && p.M <= 256 ? skinny_us(p)
                                                            : HUGE_VAL;
   if (fused_us < std::min(dense_us, tensor.us)) {
+    if (p.M > few) plan.predicted_us = fused_us;
     plan.kernel = KernelId::kFused;
     plan.fuses_lora = p.dtype != DType::kFloat64;  // it scales in float32
     return plan;
   }
   if (tensor.us < dense_us) {
     plan = tensor.plan;
+    plan.predicted_us = tensor.us;
     plan.fuses_lora = p.R <= 64 && p.R % 8 == 0;
     return plan;
   }
@@ -273,6 +275,7 @@ Plan make_plan(const Problem& p) {
     plan.workspace_bytes = plan.panel_rows * p.K * dtype_bytes(p.dtype);
     return plan;
   }
+  if (p.arch != 0) plan.predicted_us = dense_us;
   plan.kernel = KernelId::kDequantMatmul;
   plan.workspace_bytes = p.N * p.K * dtype_bytes(p.dtype);
   return plan;

@@ -52,6 +52,7 @@ struct Plan {
   int64_t outlier_capacity = 0;  // LLM.int8() on kWgmma: OutlierColumns::capacity
   int64_t panel_rows = 0;        // kPanels: rows of W a panel
   int64_t workspace_bytes = 0;   // temporary memory beside the output
+  double predicted_us = 0.0;     // on an H200, where plan.cpp has a model; else 0
 };
 
 Plan make_plan(const Problem& problem);
