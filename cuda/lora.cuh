@@ -37,6 +37,20 @@ __device__ __forceinline__ uint4 drop_piece(const uint4& v, uint64_t seed, uint3
       v.z & keep_mask(b.v[0], b.v[1], threshold), v.w & keep_mask(b.v[2], b.v[3], threshold));
 }
 
+// The last `bytes` (even, < 16) of a matrix and zeros behind them; a copy of 16 bytes would name
+// some that are not there.
+__device__ __forceinline__ void copy_tail(uint32_t to, const char* from, int bytes) {
+  uint32_t v[4] = {};
+#pragma unroll
+  for (int i = 0; i < 8; ++i)
+    if (2 * i < bytes)
+      v[i / 2] |= uint32_t(__ldg(reinterpret_cast<const unsigned short*>(from) + i))
+                  << (i % 2 * 16);
+  asm volatile("st.shared.v4.u32 [%0], {%1, %2, %3, %4};" ::"r"(to), "r"(v[0]), "r"(v[1]),
+               "r"(v[2]), "r"(v[3])
+               : "memory");
+}
+
 // 16 rows of [M, R] in a ring: rows are contiguous, so they come as 2 R pieces, whatever R is.
 // `bytes`: what is left of the matrix from the first row on. R = 64: piece e of row r stands at
 // e ^ 2 (r % 4), so that lanes t of four rows meet different banks.
@@ -49,10 +63,11 @@ __device__ __forceinline__ void copy_rank_rows(uint32_t to, const char* from, in
     if (piece >= 2 * R) break;
     const int64_t left = bytes - piece * kPieceBytes;
     const int place = kMaxRank == 64 && R == 64 ? piece ^ (2 * (piece >> 3 & 3)) : piece;
-    copy_async16(to + place * kPieceBytes, from + piece * kPieceBytes,
-                 left >= kPieceBytes ? kPieceBytes
-                 : left > 0          ? int(left)
-                                     : 0);
+    if (left > 0 && left < kPieceBytes)
+      copy_tail(to + place * kPieceBytes, from + piece * kPieceBytes, int(left));
+    else
+      copy_async16(to + place * kPieceBytes, from + piece * kPieceBytes,
+                   left > 0 ? kPieceBytes : 0);
   }
 }
 

@@ -110,10 +110,11 @@ struct Place {
     return (tiles + parts - 1 - rank) / parts * (parts - 1) * 2048;
   }
   // Barriers are initialised (and fenced), the table is filled.
+  template <int kThreads>
   FASTPEFT_DEVICE void sync() const {
     const bool is_cluster = is_pair || parts > 1;
     if (is_cluster) cluster_arrive_relaxed();
-    __syncthreads();
+    named_barrier(3, kThreads);  // called from the code of every role
     if (is_cluster) cluster_sync_wait();
   }
 };
@@ -181,7 +182,7 @@ FASTPEFT_DEVICE void load_scales(const GemmArgs& a, const Place& at, int worker,
   producer.begin(at.row_tile * C::kRows);
   RawScales<C::kChunk> raw;
   producer.load(at.begin + min(worker * kStep, at.count - 1), end, raw);
-  at.sync();
+  at.template sync<C::kThreads>();
   if (a.nested) {
 #pragma unroll
     for (int j = 0; j < kMapLoads; j++)
@@ -467,7 +468,7 @@ __global__ void __launch_bounds__(C::kThreads, 1)
         for (int i = 0, first = min(C::kStages, at.count); i < first; i++) loader.w(i, i);
       }
       __syncwarp();
-      at.sync();
+      at.template sync<C::kThreads>();
       launch_dependents();
       wait_for_predecessor();
       if (elect_one()) loader.run();
@@ -483,7 +484,7 @@ __global__ void __launch_bounds__(C::kThreads, 1)
     const int row =
         at.row_tile * C::kRows + row_group * 64 + (warp_id & 3) * 16 + 2 * ((g >> 1) + 4 * (g & 1));
     if constexpr (C::kHasTable) fill_table(at.table, threadIdx.x - 128, 128 * C::kConsumers);
-    at.sync();
+    at.template sync<C::kThreads>();
     float acc[C::kTokens / 2];
     multiply<C>(a, at, row, row_group, turn, acc);
     finish<C>(a, at, out, row, row_group, turn, acc);

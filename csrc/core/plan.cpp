@@ -118,6 +118,7 @@ Choice wgmma_choice(const Problem& p) {
 // forward:
 //   4096x4096  M = 16 / 64: 8.2 / 7.9, 9.1 / 9.3      14336x4096  14.5 / 15.1, 19.7 / 20.0
 //   1024x4096  6.0 / 5.4,   6.6 / 6.5                 28672x8192  M = 64: 70 / 67.8
+// M = 128 / 256: 4096x4096 11.7 / 12.8, 18.3 / 17.7; 4096x14336 29.1 / 29.5, 53.1 / 52.9.
 double narrow_us(const Problem& p, int64_t rows, int64_t tokens, int64_t split) {
   const bool is_fwd = p.direction == Direction::kFwd, is_tall = rows == 128;
   const int64_t outputs = is_fwd ? p.N : p.K, kblocks = ceil_div<int64_t>(is_fwd ? p.K : p.N, 64);
@@ -127,7 +128,7 @@ double narrow_us(const Problem& p, int64_t rows, int64_t tokens, int64_t split) 
   const double waves = double(ceil_div(clusters, std::max<int64_t>(places, 1)));
   const double each = double(ceil_div(kblocks, split));
   const int width = tokens == 16 ? 0 : tokens == 32 ? 1 : tokens == 64 ? 2 : 3;
-  constexpr double kLow[4] = {0.136, 0.139, 0.155, 0.190}, kTall[4] = {0.174, 0.198, 0.250, 0.0};
+  constexpr double kLow[4] = {0.136, 0.139, 0.155, 0.218}, kTall[4] = {0.174, 0.198, 0.250, 0.0};
   constexpr double kStart[4] = {2.0, 2.0, 2.3, 2.9};
   const double block = (is_tall ? kTall : kLow)[width] * (is_fwd ? 1.0 : 1.04);
   return 1.4 + waves * (kStart[width] + each * block) + (split > 1 ? 0.4 : 0.0);
