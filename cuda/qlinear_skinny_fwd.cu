@@ -409,35 +409,6 @@ bool weight_fits(const WeightView& w, DType dtype) {
          is_aligned(w.scales, 16) && block_count(w.N, w.K, w.blocksize) < (int64_t(1) << 31);
 }
 
-void launch(Args& a, DType dtype, Format format, int64_t parts, Stream stream,
-            Kernel (*pick)(Variant), const char* name) {
-  const DeviceFacts facts = device_facts();
-  Variant v;
-  v.is_bf16 = dtype == DType::kBFloat16;
-  v.is_wide = a.M > 8;
-  v.is_nested = a.w.nested != nullptr;
-  v.is_deep = facts.shared_bytes >= shared_bytes(kDeep, v.is_nested);
-  // FP4's codes are exact in bf16 when multiplied by 12; float16 holds both codebooks well enough.
-  const float gain = !v.is_bf16 ? 1.0f : format == Format::kNf4 ? 1.43675f : 12.0f;
-  a.book = codebook(format, gain);
-  a.inverse_gain = 1.0f / gain;
-  a.blocks_a_row = int(a.w.K >> a.w.block_shift);
-  const int bytes = shared_bytes(v.is_deep     ? kDeep
-                                 : v.is_nested ? kShallowNested
-                                               : kShallow,
-                                 v.is_nested);
-  FASTPEFT_CHECK(facts.shared_bytes >= bytes, name, ": ", bytes,
-                 " bytes of shared memory a block are needed, the device has ", facts.shared_bytes);
-  const Kernel kernel = pick(v);
-  allow_shared_memory(reinterpret_cast<const void*>(kernel), bytes);
-  const int64_t token_chunks = ceil_div<int64_t>(a.M, v.is_wide ? 16 : 8);
-  FASTPEFT_CHECK(token_chunks < 65536, name, ": ", a.M, " tokens in one launch");
-  const dim3 grid(unsigned(parts < facts.sm_count ? parts : facts.sm_count),
-                  unsigned(token_chunks));
-  kernel<<<grid, kThreads, bytes, cuda_stream(stream)>>>(a);
-  check_launch(name);
-}
-
 }  // namespace skinny
 
 bool skinny_fits(const QLinearFwdParams& p) {
