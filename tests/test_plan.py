@@ -139,7 +139,11 @@ def families(M, N, K, **more) -> str:
     ("M", "N", "K", "more", "kernels"),
     [
         (1, 4096, 4096, {}, {"fused"}),
-        (16, 14336, 4096, {"R": 16}, {"fused"}),
+        (8, 14336, 4096, {"R": 16}, {"fused"}),
+        (16, 14336, 4096, {"R": 16}, {"narrow"}),
+        (64, 4096, 4096, {"direction": "dgrad"}, {"narrow"}),
+        (64, 4096, 4096, {"dtype": "float16"}, {"fused"}),
+        (2048, 14336, 4096, {"format": "int8"}, {"wgmma"}),
         (1, 28672, 8192, {"direction": "dgrad"}, {"fused"}),
         (512, 14336, 4096, {}, {"wgmma"}),
         (8192, 4096, 14336, {"direction": "dgrad"}, {"wgmma"}),
@@ -156,7 +160,7 @@ def test_kernel_families_of_known_problems(M, N, K, more, kernels):
 def test_portable_devices_get_portable_kernels():
     for arch, sms in ((80, 108), (86, 82), (89, 128), (120, 170)):
         for M in (1, 16, 300, 4096):
-            assert plan(M, 4096, 4096, (arch, sms))["kernel"] != "wgmma"
+            assert plan(M, 4096, 4096, (arch, sms))["kernel"] not in ("wgmma", "narrow")
 
 
 def test_no_problem_crashes():
