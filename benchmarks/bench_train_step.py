@@ -38,7 +38,7 @@ class Step:
 
     @property
     def note(self) -> str:
-        """Starts with the words that scripts look for (benchmarks.md)."""
+        """Starts with the words that scripts look for."""
         method = {"dense": "lora", "llm.int8": "int8"}.get(self.kind, "qlora")
         mode = "ckpt" if self.checkpointing else "budget" if method == "qlora" else "no ckpt"
         return f"{method} {mode} {self.model} {self.batch}x{self.length}"
