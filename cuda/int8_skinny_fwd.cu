@@ -55,10 +55,6 @@ __device__ __forceinline__ int share(int part, int parts, int total) {
   return int(int64_t(total) * part / parts);
 }
 
-__device__ __forceinline__ uint32_t word_of(const uint4& v, int i) {
-  return i == 0 ? v.x : i == 1 ? v.y : i == 2 ? v.z : v.w;
-}
-
 // What differs between 16-bit and int8 activations: the fragment of 64 columns of 8 tokens, and the
 // product with a lane's 2 x 16 weight bytes.
 template <class T>

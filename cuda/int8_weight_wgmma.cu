@@ -29,6 +29,7 @@
 #include "dependent_launch.cuh"
 #include "device/sm90.cuh"
 #include "device/tensor_map.cuh"
+#include "device/tiles.cuh"
 #include "device/wgmma.cuh"
 #include "int8_decode.cuh"
 #include "int8_weight_wgmma.h"
@@ -71,64 +72,12 @@ struct Config {
   static_assert(kWAt >= kTokens / 2 * kRows * 4, "the exchange reuses the ring of x");
 };
 
-struct Item {
-  int row = 0, token = 0;  // tile coordinates
-  int begin = 0, end = 0;  // k-blocks
-  bool shared = false;     // the reduction is cut over the cluster
-};
-
-// Row tiles in groups of kGroup, tokens outside them, so that neighbours in time share x and W in
-// L2.
-struct Schedule {
-  static constexpr int kGroup = 16;
-  int tiles_r, tiles_t, kblocks, blocks, block, full, rest;
-  bool cut;
-
-  FASTPEFT_DEVICE explicit Schedule(const GemmArgs& a)
-      : tiles_r(a.tiles_r),
-        tiles_t(a.tiles_t),
-        kblocks(a.kblocks),
-        blocks(gridDim.x),
-        block(blockIdx.x) {
-    const int total = tiles_r * tiles_t;
-    full = total / blocks * blocks;
-    rest = total - full;
-    cut = rest > 0 && 2 * rest <= blocks && kblocks >= 8;
-  }
-  FASTPEFT_DEVICE int count() const {
-    return full / blocks + (cut ? block / 2 < rest : block < rest);
-  }
-  FASTPEFT_DEVICE Item at(int i) const {
-    Item item;
-    item.shared = cut && i * blocks >= full;
-    const int index = item.shared ? full + block / 2 : i * blocks + block;
-    const int per = kGroup * tiles_t, group = index / per, within = index - group * per;
-    const int width = min(kGroup, tiles_r - group * kGroup);
-    item.token = within / width;
-    item.row = group * kGroup + within - item.token * width;
-    const int half = kblocks / 2, second = block & 1;
-    item.begin = item.shared && second ? half : 0;
-    item.end = item.shared && !second ? half : kblocks;
-    return item;
-  }
-};
-
-template <int kStages>
-struct Ring {
-  int stage = 0;
-  uint32_t phase;
-  FASTPEFT_DEVICE explicit Ring(uint32_t first_phase) : phase(first_phase) {}
-  FASTPEFT_DEVICE void advance() {
-    if (++stage == kStages) stage = 0, phase ^= 1;
-  }
-};
-
 struct Maps {
   CUtensorMap x, w, y, s;
 };
 
 template <class C>
-FASTPEFT_DEVICE void load_tiles(const Maps& maps, const GemmArgs& a, const Schedule& schedule,
+FASTPEFT_DEVICE void load_tiles(const Maps& maps, const GemmArgs& a, const CutSchedule& schedule,
                                 uint32_t base, uint32_t full0, uint32_t empty0) {
   for (const CUtensorMap* m : {&maps.x, &maps.w, &maps.y}) tma_prefetch_map(m);
   wait_for_predecessor();
@@ -160,7 +109,7 @@ FASTPEFT_DEVICE void load_tiles(const Maps& maps, const GemmArgs& a, const Sched
 // dgrad: a warp writes bf16(absmax / 127) of the 64 rows of each k-block, a lane two. Rows past N
 // meet zeros of dy: clamped, as any finite scale will do.
 template <class C>
-FASTPEFT_DEVICE void load_scales(const GemmArgs& a, const Schedule& schedule, uint32_t base,
+FASTPEFT_DEVICE void load_scales(const GemmArgs& a, const CutSchedule& schedule, uint32_t base,
                                  uint32_t full0, uint32_t empty0) {
   const int lane = threadIdx.x & 31;
   const uint32_t to = base + C::kSAt + lane * 4;
@@ -208,7 +157,7 @@ struct Consumer {
   static constexpr int kSums = C::kTokens / 2;
   const Maps& maps;
   const GemmArgs& a;
-  const Schedule& schedule;
+  const CutSchedule& schedule;
   const uint32_t base, full0, empty0, ready;
   const int cw, warp, lane, g, t;
   const int swap;  // forward: MMA rows g, g + 8 are outputs 2g + swap, 2g + 1 - swap
@@ -218,7 +167,7 @@ struct Consumer {
   Ring<C::kStages> ring;
   float acc[kSums];
 
-  FASTPEFT_DEVICE Consumer(const Maps& maps, const GemmArgs& a, const Schedule& schedule,
+  FASTPEFT_DEVICE Consumer(const Maps& maps, const GemmArgs& a, const CutSchedule& schedule,
                            uint32_t base, uint32_t full0, uint32_t empty0, uint32_t ready)
       : maps(maps),
         a(a),
@@ -308,7 +257,7 @@ struct Consumer {
     }
   }
   // Returns the stage that is in use until the sums are waited for. The wait stands behind the
-  // branch around this call: inside it, with exchange() behind, ptxas serialises every wgmma
+  // branch around this call: inside it, with exchange_halves() behind, ptxas serialises every wgmma
   // (C7515).
   FASTPEFT_DEVICE int add_lora(int row) {
     uint32_t f[4][4];
@@ -366,39 +315,6 @@ struct Consumer {
     wgmma_wait<0>();
     pin();
     release(previous);
-  }
-
-  // The other block's sums of the tokens that this block owns, through distributed shared memory.
-  FASTPEFT_DEVICE void exchange(uint32_t half) {
-    constexpr int kSent = C::kTokens / 16;  // float4 of a thread: half of the tokens
-    const int thread = threadIdx.x - 128;
-    named_barrier(3, 256);  // both warpgroups are done with the ring of x
-#pragma unroll
-    for (int i = 0; i < kSent; i++) {
-      float v[4];
-#pragma unroll
-      for (int e = 0; e < 4; e++) v[e] = half ? acc[4 * i + e] : acc[kSums / 2 + 4 * i + e];
-      asm volatile("st.shared.v4.f32 [%0], {%1, %2, %3, %4};" ::"r"(base + (i * 256 + thread) * 16),
-                   "f"(v[0]), "f"(v[1]), "f"(v[2]), "f"(v[3])
-                   : "memory");
-    }
-    asm volatile("fence.acq_rel.cluster;" ::: "memory");
-    __syncwarp();
-    if (lane == 0) barrier_arrive_cluster(cluster_address(ready, half ^ 1));
-    barrier_wait_cluster(ready, 0);
-    const uint32_t from = cluster_address(base, half ^ 1);
-#pragma unroll
-    for (int i = 0; i < kSent; i++) {
-      const float4 v = load_cluster(from + (i * 256 + thread) * 16);
-      const float other[4] = {v.x, v.y, v.z, v.w};
-#pragma unroll
-      for (int e = 0; e < 4; e++) {
-        if (half)
-          acc[kSums / 2 + 4 * i + e] += other[e];
-        else
-          acc[4 * i + e] += other[e];
-      }
-    }
   }
 
   // y = sums * factor + shift of the two rows: transposed through shared memory ([token][64 rows],
@@ -475,7 +391,7 @@ struct Consumer {
       wgmma_wait<0>();
       pin();
       if (in_use >= 0) release(in_use);
-      if (item.shared) exchange(half);
+      if (item.shared) exchange_halves<C::kTokens>(acc, base, ready, half);
       store(item, half, factor, shift);
     }
     if ((threadIdx.x & 127) == 0) store_wait();
@@ -502,7 +418,7 @@ __global__ void __launch_bounds__(kThreads, 1)
   }
   cluster_sync();
   launch_dependents();
-  const Schedule schedule(a);
+  const CutSchedule schedule(a.tiles_r, a.tiles_t, a.kblocks);
   if (threadIdx.x < 128) {
     asm volatile("setmaxnreg.dec.sync.aligned.u32 40;");
     if (threadIdx.x == 0) load_tiles<C>(maps, a, schedule, base, full0, empty0);

@@ -29,6 +29,7 @@
 #include "device/numbers.cuh"
 #include "device/sm90.cuh"
 #include "device/tensor_map.cuh"
+#include "device/tiles.cuh"
 #include "device/wgmma_shared.cuh"
 #include "int8_wgmma.h"
 
@@ -76,31 +77,6 @@ struct Maps {
   CUtensorMap s, b;          // low-rank product
 };
 
-// ---- bricks
-FASTPEFT_DEVICE void tma_load_both(uint32_t to, const CUtensorMap* map, uint32_t bar, int c0,
-                                   int c1) {
-  asm volatile(
-      "cp.async.bulk.tensor.2d.shared::cluster.global.mbarrier::complete_tx::bytes"
-      ".multicast::cluster [%0], [%1, {%3, %4}], [%2], %5;" ::"r"(to),
-      "l"(map), "r"(bar), "r"(c0), "r"(c1), "h"(uint16_t(3))
-      : "memory");
-}
-// On a barrier anywhere in the cluster. Without .release.cluster: nothing was written that the
-// other block reads, and the fence would cost more than the k-block.
-FASTPEFT_DEVICE void barrier_arrive_remote(uint32_t bar) {
-  asm volatile("mbarrier.arrive.shared::cluster.b64 _, [%0];" ::"r"(bar) : "memory");
-}
-FASTPEFT_DEVICE void store_matrices_transposed(uint32_t to, uint32_t a, uint32_t b, uint32_t c,
-                                               uint32_t d) {
-  asm volatile("stmatrix.sync.aligned.m8n8.x4.trans.shared.b16 [%0], {%1, %2, %3, %4};" ::"r"(to),
-               "r"(a), "r"(b), "r"(c), "r"(d)
-               : "memory");
-}
-
-struct Item {
-  int row = 0, token = 0;  // tile coordinates
-};
-
 // Pairs of row tiles in groups of kGroup, tokens outside them, so that neighbours in time share
 // both operands in L2.
 struct Schedule {
@@ -113,24 +89,9 @@ struct Schedule {
     const int total = pairs_r * tiles_t;
     return total / clusters + (cluster < total % clusters);
   }
-  FASTPEFT_DEVICE Item at(int i) const {
-    const int index = i * clusters + cluster, per = kGroup * tiles_t;
-    const int group = index / per, within = index - group * per;
-    const int width = min(kGroup, pairs_r - group * kGroup);
-    Item item;
-    item.token = within / width;
-    item.row = 2 * (group * kGroup + within - item.token * width) + int(blockIdx.x & 1);
-    return item;
-  }
-};
-
-template <int kStages>
-struct Ring {
-  int stage = 0;
-  uint32_t phase;
-  FASTPEFT_DEVICE explicit Ring(uint32_t first_phase) : phase(first_phase) {}
-  FASTPEFT_DEVICE void advance() {
-    if (++stage == kStages) stage = 0, phase ^= 1;
+  FASTPEFT_DEVICE TilePlace at(int i) const {
+    const TilePlace pair = tile_place<kGroup>(i * clusters + cluster, pairs_r, tiles_t);
+    return {2 * pair.row + int(blockIdx.x & 1), pair.token};
   }
 };
 
@@ -148,7 +109,8 @@ FASTPEFT_DEVICE void store_swizzled(uint32_t tile, int row, int lane, uint32_t p
 // the producer's four warps, a lane two columns: slow (a load an element), and as rare as that
 // many.
 template <class C>
-FASTPEFT_DEVICE void gather_block(const GemmArgs& a, const Item& item, int block, uint32_t to) {
+FASTPEFT_DEVICE void gather_block(const GemmArgs& a, const TilePlace& item, int block,
+                                  uint32_t to) {
   using T = typename C::T;
   const int lane = threadIdx.x & 31, warp = threadIdx.x / 32, count = *a.list;
   const int first = block * 64 + 2 * lane;
@@ -185,19 +147,20 @@ FASTPEFT_DEVICE void produce(const Maps& maps, const GemmArgs& a, const Schedule
   const int rank = int(cluster_rank()), outliers = outlier_blocks(a);
   const int copied = min(outliers, a.capacity / 64);
   Ring<C::kStages> ring(1);
-  const auto load = [&](const CUtensorMap* w, const CUtensorMap* x, const Item& item, int column) {
+  const auto load = [&](const CUtensorMap* w, const CUtensorMap* x, const TilePlace& item,
+                        int column) {
     if (is_driver) {
       barrier_wait(empty0 + 8 * ring.stage, ring.phase);
       const uint32_t full = full0 + 8 * ring.stage, to = base + ring.stage * C::kStageBytes;
       barrier_expect(full, C::kWBytes + 2 * a.half * kBlockBytes);
       tma_load_2d(to, w, full, column, item.row * kRows);
-      tma_load_both(to + C::kWBytes + rank * a.half * kBlockBytes, x, full, column,
-                    item.token * C::kTokens + rank * a.half);
+      tma_multicast_2d(to + C::kWBytes + rank * a.half * kBlockBytes, x, full, column,
+                       item.token * C::kTokens + rank * a.half, kBoth);
     }
     ring.advance();
   };
   for (int i = 0, items = schedule.count(); i < items; i++) {
-    const Item item = schedule.at(i);
+    const TilePlace item = schedule.at(i);
     for (int kb = 0; kb < a.kblocks; kb++) load(&maps.codes, &maps.q, item, kb * 64);
     for (int ob = 0; ob < copied; ob++) load(&maps.w_out, &maps.x_out, item, ob * 64);
     for (int ob = copied; ob < outliers; ob++) {
@@ -241,7 +204,7 @@ struct Consumer {
         ring(0) {}
 
   FASTPEFT_DEVICE void release(int stage) const {
-    if (lane < 2) barrier_arrive_remote(freed + 8 * stage);
+    if (lane < 2) barrier_arrive_peer(freed + 8 * stage);
   }
   FASTPEFT_DEVICE uint64_t a_descriptor(int stage) const {
     return swizzled_descriptor(base + stage * C::kStageBytes + cw * 64 * kBlockBytes);
@@ -300,7 +263,8 @@ struct Consumer {
 
   // Transposes through shared memory ([token][64 rows], 128-byte swizzle) and stores by TMA, 128
   // tokens at a time; y = sum * factor + shift, either of rows n and n + 8.
-  FASTPEFT_DEVICE void store(const Item& item, const float (&factor)[2], const float (&shift)[2]) {
+  FASTPEFT_DEVICE void store(const TilePlace& item, const float (&factor)[2],
+                             const float (&shift)[2]) {
     const uint32_t chunk = 2 * warp + ((lane >> 3) & 1), token = lane & 7;
     const uint32_t to = out + ((lane >> 4) * 8 + token) * 128 + ((chunk ^ token) << 4);
 #pragma unroll
@@ -315,7 +279,7 @@ struct Consumer {
           packed[i] = pack_pair<T>(fmaf(number(sum[at]), factor[i % 2], shift[i % 2]),
                                    fmaf(number(sum[at + 1]), factor[i % 2], shift[i % 2]));
         }
-        store_matrices_transposed(to + j * 1024, packed[0], packed[1], packed[2], packed[3]);
+        store_matrices_transposed(to + j * 1024, packed);
       }
       fence_async_proxy();
       named_barrier(1 + cw, 128);
@@ -334,7 +298,7 @@ struct Consumer {
     const int outliers = outlier_blocks(a);
     const int thread = threadIdx.x & 127;
     for (int i = 0, items = schedule.count(); i < items; i++) {
-      const Item item = schedule.at(i);
+      const TilePlace item = schedule.at(i);
       const int n = item.row * kRows + cw * 64 + warp * 16 + g;
       float token_scale[C::kTokens / C::kOutTokens], factor[2], shift[2];
 #pragma unroll

@@ -90,9 +90,6 @@ __device__ __forceinline__ void wait_copies_but(int pending) {
     wait_copies<3>();
 }
 
-__device__ __forceinline__ uint32_t word_of(const uint4& v, int i) {
-  return i == 0 ? v.x : i == 1 ? v.y : i == 2 ? v.z : v.w;
-}
 // Halves of two tokens' words -> pairs along tokens: of the low column (or rank), of the high one.
 __device__ __forceinline__ uint32_t low_pair(uint32_t first, uint32_t second) {
   return __byte_perm(first, second, 0x5410);

@@ -22,6 +22,7 @@
 #include "dependent_launch.cuh"
 #include "device/sm90.cuh"
 #include "device/tensor_map.cuh"
+#include "device/tiles.cuh"
 #include "device/wgmma_ss.cuh"
 #include "launch.h"
 #include "qlinear_dense.h"
@@ -49,25 +50,6 @@ struct DenseArgs {
   const __nv_bfloat16* bias;  // [rows] or null
 };
 
-FASTPEFT_DEVICE void load_both(uint32_t to, const CUtensorMap* map, uint32_t bar, int c0, int c1) {
-  asm volatile(
-      "cp.async.bulk.tensor.2d.shared::cluster.global.mbarrier::complete_tx::bytes"
-      ".multicast::cluster [%0], [%1, {%3, %4}], [%2], %5;" ::"r"(to),
-      "l"(map), "r"(bar), "r"(c0), "r"(c1), "h"(uint16_t(3))
-      : "memory");
-}
-// Without the cluster-wide fence of barrier_arrive_cluster: it tells that reads are done, nothing
-// of this thread's is published.
-FASTPEFT_DEVICE void arrive_at(uint32_t bar, uint32_t rank) {
-  asm volatile("mbarrier.arrive.shared::cluster.b64 _, [%0];" ::"r"(cluster_address(bar, rank))
-               : "memory");
-}
-// Four 8x8 matrices, transposed: lane L names the row of 8 units of matrix L / 8.
-FASTPEFT_DEVICE void store_matrices_transposed(uint32_t to, const uint32_t (&v)[4]) {
-  asm volatile("stmatrix.sync.aligned.m8n8.x4.trans.shared.b16 [%0], {%1, %2, %3, %4};" ::"r"(to),
-               "r"(v[0]), "r"(v[1]), "r"(v[2]), "r"(v[3])
-               : "memory");
-}
 // A operand: depth contiguous as swizzled_descriptor says; rows contiguous: 64 rows are one swizzle
 // atom wide, 8 of the depth 1024 bytes: the same numbers.
 template <bool kDgrad>
@@ -76,20 +58,9 @@ constexpr int kAStep = kDgrad ? 128 : 2;  // 16 of the depth, in units of 16 byt
 struct Tile {
   int row, token;  // first of the cluster's
   FASTPEFT_DEVICE Tile(const DenseArgs& a, int index) {
-    const int per = kGroup * a.tiles_t, group = index / per, within = index - group * per;
-    const int width = min(kGroup, a.tiles_r - group * kGroup);
-    token = within / width;
-    row = (group * kGroup + within - token * width) * 2 * kRows;
-    token *= kTokens;
-  }
-};
-
-struct Ring {
-  int stage = 0;
-  uint32_t phase;
-  FASTPEFT_DEVICE explicit Ring(uint32_t first_phase) : phase(first_phase) {}
-  FASTPEFT_DEVICE void advance() {
-    if (++stage == kStages) stage = 0, phase ^= 1;
+    const TilePlace place = tile_place<kGroup>(index, a.tiles_r, a.tiles_t);
+    row = place.row * 2 * kRows;
+    token = place.token * kTokens;
   }
 };
 
@@ -99,14 +70,14 @@ FASTPEFT_DEVICE void produce(const Maps& maps, const DenseArgs& a, uint32_t base
   const int rank = int(cluster_rank());
   for (const CUtensorMap* m : {&maps.x, &maps.w, &maps.out}) tma_prefetch_map(m);
   wait_for_predecessor();
-  Ring ring(1);
+  Ring<kStages> ring(1);
   const auto load = [&](const CUtensorMap& x, const CUtensorMap& w, int depth, int row, int token) {
     barrier_wait(empty0 + 8 * ring.stage, ring.phase);
     const uint32_t full = full0 + 8 * ring.stage;
     const uint32_t w_to = base + kWAt + ring.stage * kWBytes;
     barrier_expect(full, kXBytes + kWBytes);
-    load_both(base + ring.stage * kXBytes + rank * (kXBytes / 2), &x, full, depth,
-              token + rank * (kTokens / 2));
+    tma_multicast_2d(base + ring.stage * kXBytes + rank * (kXBytes / 2), &x, full, depth,
+                     token + rank * (kTokens / 2), kBoth);
     if (kDgrad) {
       tma_load_2d(w_to, &w, full, row, depth);
       tma_load_2d(w_to + kWBytes / 2, &w, full, row + 64, depth);
@@ -131,9 +102,9 @@ FASTPEFT_DEVICE void consume(const Maps& maps, const DenseArgs& a, uint32_t base
   const int g = lane / 4, rank = int(cluster_rank());
   const uint32_t out = base + kOutAt + half * 2 * kOutBytes;
   const auto release = [&](int stage) {
-    if (lane < 2) arrive_at(empty0 + 8 * stage, lane);
+    if (lane < 2) barrier_arrive_peer(cluster_address(empty0 + 8 * stage, lane));
   };
-  Ring ring(0);
+  Ring<kStages> ring(0);
   float acc[kTokens / 2];
   const auto multiply = [&](int steps, bool adds) {  // one block of the depth
     barrier_wait(full0 + 8 * ring.stage, ring.phase);

@@ -140,7 +140,7 @@ struct Loader {
     if (at.is_pair) {  // each block brings half of the tokens to both
       const int half = a.x_bytes / 2;
       tma_multicast_2d(to + at.rank * half, &maps.x, full, k,
-                       at.token + at.rank * (half / (kBlockK * 2)), 3);
+                       at.token + at.rank * (half / (kBlockK * 2)), kBoth);
     } else {
       tma_load_2d(to, &maps.x, full, k, at.token);
     }
@@ -160,7 +160,7 @@ struct Loader {
     if (!at.has_lora) return;
     const uint32_t full = at.full0 + 8 * ring.stage;  // the tokens' low-rank factor, zeros beyond R
     barrier_wait(at.empty0 + 8 * ring.stage, ring.phase);
-    barrier_expect(full, a.s_bytes);
+    barrier_expect(full, a.x_bytes);
     tma_load_2d(at.x0 + ring.stage * C::kXBytes, &maps.s, full, 0, at.token);
     barrier_arrive(full);  // in place of scales
   }
@@ -505,7 +505,6 @@ void launch(GemmArgs a, const WeightView& w, const void* x, const void* s, void*
   const bool is_pair = split == 0;
   const int tokens = std::min<int>(C::kTokens, round_up(a.M, is_pair ? 16 : 8));
   a.x_bytes = tokens * kBlockK * 2;
-  a.s_bytes = a.x_bytes;
   bind_context();
   NarrowMaps maps;
   maps.x = matrix_map(x, reduction, a.M, kBlockK, is_pair ? tokens / 2 : tokens);

@@ -35,10 +35,6 @@ __device__ __forceinline__ uint32_t lookup_pair(const unsigned char* shared, uin
                                             __byte_perm(word, lane4, 0x7604 | (kByte << 4)));
 }
 
-__device__ __forceinline__ uint32_t word_of(const uint4& v, int i) {
-  return i == 0 ? v.x : i == 1 ? v.y : i == 2 ? v.z : v.w;
-}
-
 // The same value, of unknown origin: ptxas would rather recompute addresses in every step than keep
 // them in a register, and sees through an empty asm.
 __device__ __forceinline__ uint32_t keep(uint32_t v) {

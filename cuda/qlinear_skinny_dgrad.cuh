@@ -285,10 +285,6 @@ struct ItemGrads {
   }
 };
 
-__device__ __forceinline__ uint32_t word_of(const uint4& v, int i) {
-  return i == 0 ? v.x : i == 1 ? v.y : i == 2 ? v.z : v.w;
-}
-
 template <int kByte>
 __device__ __forceinline__ uint32_t look_up(const unsigned char* shared, uint32_t word,
                                             uint32_t lane4) {

@@ -50,50 +50,6 @@ struct Config {
   static_assert(kStages * kXBytes >= kTokens / 2 * kRows * 4, "the exchange reuses the ring of x");
 };
 
-// One tile, or half of one tile's reduction.
-struct Item {
-  int row = 0, token = 0;  // tile coordinates
-  int begin = 0, end = 0;  // k-blocks
-  bool shared = false;     // the reduction is cut over the cluster
-};
-
-// Which items a block works on. Row tiles in groups of kGroup, tokens outside them, so that
-// neighbours in time share x and W in L2.
-struct Schedule {
-  static constexpr int kGroup = 16;
-  int tiles_r, tiles_t, kblocks, blocks, block, full, rest;
-  bool cut;
-
-  FASTPEFT_DEVICE Schedule(const GemmArgs& a)
-      : tiles_r(a.tiles_r),
-        tiles_t(a.tiles_t),
-        kblocks(a.kblocks),
-        blocks(gridDim.x),
-        block(blockIdx.x) {
-    const int total = tiles_r * tiles_t;
-    full = total / blocks * blocks;
-    rest = total - full;
-    cut = rest > 0 && 2 * rest <= blocks && kblocks >= 8;
-  }
-  FASTPEFT_DEVICE int count() const {
-    const int last = cut ? block / 2 < rest : block < rest;
-    return full / blocks + last;
-  }
-  FASTPEFT_DEVICE Item at(int i) const {
-    Item item;
-    item.shared = cut && i * blocks >= full;
-    const int index = item.shared ? full + block / 2 : i * blocks + block;
-    const int per = kGroup * tiles_t, group = index / per, within = index - group * per;
-    const int width = min(kGroup, tiles_r - group * kGroup);
-    item.token = within / width;
-    item.row = group * kGroup + within - item.token * width;
-    const int half = kblocks / 2, second = block & 1;
-    item.begin = item.shared && second ? half : 0;
-    item.end = item.shared && !second ? half : kblocks;
-    return item;
-  }
-};
-
 struct Maps {
   CUtensorMap x, w, y, s;
 };
@@ -112,7 +68,7 @@ FASTPEFT_DEVICE void load_weight(const Maps& maps, const GemmArgs& a, const Item
 
 // The codes of the first `early` k-blocks are on their way.
 template <class C>
-FASTPEFT_DEVICE void load_tiles(const Maps& maps, const GemmArgs& a, const Schedule& schedule,
+FASTPEFT_DEVICE void load_tiles(const Maps& maps, const GemmArgs& a, const CutSchedule& schedule,
                                 int early, uint32_t base, uint32_t full0, uint32_t empty0) {
   Ring<C::kStages> ring(1);
   for (int i = 0, items = schedule.count(); i < items; i++) {
@@ -140,7 +96,7 @@ FASTPEFT_DEVICE void load_tiles(const Maps& maps, const GemmArgs& a, const Sched
 }
 
 template <class C>
-FASTPEFT_DEVICE void load_scales(const GemmArgs& a, const Schedule& schedule, uint32_t base,
+FASTPEFT_DEVICE void load_scales(const GemmArgs& a, const CutSchedule& schedule, uint32_t base,
                                  uint32_t full0, uint32_t empty0, float* map) {
   float v[8];  // everything is asked for before anything is used
   if (a.nested) {
@@ -183,44 +139,8 @@ FASTPEFT_DEVICE void load_scales(const GemmArgs& a, const Schedule& schedule, ui
   }
 }
 
-// The other block's sums of the tokens that this block owns, through distributed shared memory.
 template <class C>
-FASTPEFT_DEVICE void exchange(float (&acc)[C::kTokens / 2], uint32_t base, uint32_t ready,
-                              uint32_t half) {
-  constexpr int kSent = C::kTokens / 16;  // float4 of a thread: half of the tokens
-  const int thread = threadIdx.x - 128;
-  named_barrier(3, 256);  // both warpgroups are done with the ring of x
-  // Owned: accumulators [half * kTokens / 4, + kTokens / 4).
-#pragma unroll
-  for (int i = 0; i < kSent; i++) {
-    float v[4];
-#pragma unroll
-    for (int e = 0; e < 4; e++) v[e] = half ? acc[4 * i + e] : acc[C::kTokens / 4 + 4 * i + e];
-    asm volatile("st.shared.v4.f32 [%0], {%1, %2, %3, %4};" ::"r"(base + (i * 256 + thread) * 16),
-                 "f"(v[0]), "f"(v[1]), "f"(v[2]), "f"(v[3])
-                 : "memory");
-  }
-  asm volatile("fence.acq_rel.cluster;" ::: "memory");
-  __syncwarp();
-  if ((threadIdx.x & 31) == 0) barrier_arrive_cluster(cluster_address(ready, half ^ 1));
-  barrier_wait_cluster(ready, 0);
-  const uint32_t from = cluster_address(base, half ^ 1);
-#pragma unroll
-  for (int i = 0; i < kSent; i++) {
-    const float4 v = load_cluster(from + (i * 256 + thread) * 16);
-    const float other[4] = {v.x, v.y, v.z, v.w};
-#pragma unroll
-    for (int e = 0; e < 4; e++) {
-      if (half)
-        acc[C::kTokens / 4 + 4 * i + e] += other[e];
-      else
-        acc[4 * i + e] += other[e];
-    }
-  }
-}
-
-template <class C>
-FASTPEFT_DEVICE void consume(const Maps& maps, const GemmArgs& a, const Schedule& schedule,
+FASTPEFT_DEVICE void consume(const Maps& maps, const GemmArgs& a, const CutSchedule& schedule,
                              uint32_t base, uint32_t full0, uint32_t empty0, uint32_t ready) {
   constexpr bool kDgrad = C::kDgrad;
   const int cw = threadIdx.x / 128 - 1, warp = (threadIdx.x / 32) & 3, lane = threadIdx.x & 31;
@@ -313,7 +233,7 @@ FASTPEFT_DEVICE void consume(const Maps& maps, const GemmArgs& a, const Schedule
     for (int e = 0; e < C::kTokens / 2; e++) asm volatile("" : "+f"(acc[e])::"memory");
     release(previous);
     previous = -1;
-    if (item.shared) exchange<C>(acc, base, ready, half);
+    if (item.shared) exchange_halves<C::kTokens>(acc, base, ready, half);
 
     // Epilogue: transpose through shared memory ([token][64 rows], 128-byte swizzle), TMA store of
     // what this block owns.
@@ -363,7 +283,7 @@ __global__ void __launch_bounds__(kThreads, 1)
   float* map = reinterpret_cast<float*>(raw + (base - shared_address(raw)) + C::kMapAt);
   const uint32_t full0 = base + C::kBarAt, empty0 = full0 + 8 * C::kStages,
                  ready = empty0 + 8 * C::kStages;
-  const Schedule schedule(a);
+  const CutSchedule schedule(a.tiles_r, a.tiles_t, a.kblocks);
   const int warp = __shfl_sync(0xffffffffu, threadIdx.x / 32, 0);
   int early = 0;
   if (warp == 0 && elect_one()) {

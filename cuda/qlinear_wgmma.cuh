@@ -12,6 +12,7 @@
 #include "dependent_launch.cuh"
 #include "device/sm90.cuh"
 #include "device/tensor_map.cuh"
+#include "device/tiles.cuh"
 #include "device/wgmma.cuh"
 #include "launch.h"
 #include "qlinear_wgmma.h"
@@ -31,7 +32,6 @@ struct GemmArgs {
   int kblocks = 0;               // reduction / 64
   int tiles_r = 0, tiles_t = 0;  // the wide kernel's tiles over rows and tokens
   int x_bytes = 0;  // of a stage of x: few tokens fill only part, the rest is never stored
-  int s_bytes = 0;  // of the tokens' low-rank factor
   const void* scales = nullptr;         // [scale_columns][padded_n] float32, or uint8 with nested
   const float* nested = nullptr;        // [257 + groups]
   const __nv_bfloat16* bias = nullptr;  // [rows] or null
@@ -85,17 +85,6 @@ FASTPEFT_DEVICE void decode8(uint32_t w, const Codebook& t, uint32_t (&f)[4]) {
     f[2 * h + 1] = permute_bytes(low, high, second);
   }
 }
-
-// Position in the ring of stages.
-template <int kStages>
-struct Ring {
-  int stage = 0;
-  uint32_t phase;
-  FASTPEFT_DEVICE explicit Ring(uint32_t first_phase) : phase(first_phase) {}
-  FASTPEFT_DEVICE void advance() {
-    if (++stage == kStages) stage = 0, phase ^= 1;
-  }
-};
 
 // A lane's four scales of kChunk units, as they lie in memory: float32 scales, or codes and the
 // nested absmax of each.

@@ -114,6 +114,8 @@ FASTPEFT_DEVICE void tma_load_2d(uint32_t to, const CUtensorMap* map, uint32_t b
       "l"(map), "r"(bar), "r"(c0), "r"(c1)
       : "memory");
 }
+constexpr uint16_t kBoth = 3;  // mask of a cluster of two
+
 // To the same place in every block of the cluster that `mask` names, counted on each one's barrier.
 FASTPEFT_DEVICE void tma_multicast_2d(uint32_t to, const CUtensorMap* map, uint32_t bar, int c0,
                                       int c1, uint16_t mask) {
@@ -200,6 +202,13 @@ FASTPEFT_DEVICE void load_matrices(uint32_t (&r)[4], uint32_t a) {
     asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0, %1, %2, %3}, [%4];"
                  : "=r"(r[0]), "=r"(r[1]), "=r"(r[2]), "=r"(r[3])
                  : "r"(a));
+}
+
+// Four 8x8 matrices of 16-bit units, transposed: lane L names the row of 8 units of matrix L / 8.
+FASTPEFT_DEVICE void store_matrices_transposed(uint32_t to, const uint32_t (&v)[4]) {
+  asm volatile("stmatrix.sync.aligned.m8n8.x4.trans.shared.b16 [%0], {%1, %2, %3, %4};" ::"r"(to),
+               "r"(v[0]), "r"(v[1]), "r"(v[2]), "r"(v[3])
+               : "memory");
 }
 
 // Values that ptxas cannot rematerialise: without them it rebuilds each table word and lane offset
