@@ -353,15 +353,6 @@ FASTPEFT_DEVICE void multiply(const GemmArgs& a, const Place& at, int row, int r
   for (int e = 0; e < C::kTokens / 2; e++) asm volatile("" : "+f"(acc[e])::"memory");
 }
 
-FASTPEFT_DEVICE float4 load_shared_float4(uint32_t from) {
-  float4 v;
-  asm volatile("ld.shared.v4.f32 {%0, %1, %2, %3}, [%4];"
-               : "=f"(v.x), "=f"(v.y), "=f"(v.z), "=f"(v.w)
-               : "r"(from)
-               : "memory");
-  return v;
-}
-
 FASTPEFT_DEVICE void store_shared_float4(uint32_t to, const float4& v) {
   asm volatile("st.shared.v4.f32 [%0], {%1, %2, %3, %4};" ::"r"(to), "f"(v.x), "f"(v.y), "f"(v.z),
                "f"(v.w)
