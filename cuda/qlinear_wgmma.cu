@@ -45,8 +45,9 @@ struct Config {
   static constexpr bool kDgrad = kDgrad_;
   static constexpr int kTokens = kTokens_;
   static constexpr int kStages = kTokens == 256 ? 4 : 6;
-  // k16 steps a wgmma group: two decode faster, one gives the stage back earlier.
-  static constexpr int kGroup = kTokens == 256 ? 1 : 2;
+  // k16 steps a wgmma group: two decode faster (4096x14336, M = 4096, gradient: 593 against 609
+  // us), one gives the stage back earlier (forward 580 and 580, M = 2048, 14336x4096 293 and 294).
+  static constexpr int kGroup = kTokens == 256 && !kDgrad ? 1 : 2;
   static constexpr int kXBytes = kTokens * kBlockK * 2, kWBytes = kRows * kBlockK / 2,
                        kSBytes = kRows * 2;
   static constexpr int kWAt = kStages * kXBytes, kSAt = kWAt + kStages * kWBytes;
@@ -62,12 +63,9 @@ struct Maps {
   CUtensorMap x, w, y, s;
 };
 
-// Barriers are initialised. Called from the code of every role; nobody waits for the scale warp,
-// which asks for its first loads before it comes.
-FASTPEFT_DEVICE void sync_block() {
-  named_barrier(3, kThreads - 32);
-}
-constexpr int kScaleBarrier = 4;  // the same for that warp: warp 0 arrives
+// Named barriers that say "the block's barriers are initialised": warp 0 arrives and goes on, each
+// role waits at its own when it needs them.
+constexpr int kForConsumers = 3, kForScales = 4, kForCodes = 5;
 
 // Codes of k-block kb of an item; announces the stage's bytes.
 template <class C>
@@ -153,7 +151,7 @@ FASTPEFT_DEVICE void load_scales(const GemmArgs& a, const PairSchedule& schedule
     producer.begin(item.row * kRows);
     producer.load(item.begin, item.end, raw);
   }
-  named_barrier(kScaleBarrier, 64);
+  named_barrier(kForScales, 64);
   if (a.nested) {
 #pragma unroll
     for (int j = 0; j < 8; j++) map[j * 32 + producer.lane] = v[j] * producer.kFactor;
@@ -223,11 +221,11 @@ FASTPEFT_DEVICE void consume(const Maps& maps, const GemmArgs& a, const PairSche
         if ((3 - j) * 16 < a.R) ask_lora<T, kDgrad>(a, row, 3 - j, t, f[j]);
     }
   };
-  sync_block();
   wait_for_predecessor();  // before the low-rank factor and bias are read and y is written
   Item next = schedule.at(0);
   const int items = schedule.count();
   if (items > 0) ask_branch(next);
+  named_barrier(kForConsumers, 288);
   cluster_sync_wait();  // the neighbour's barriers are initialised
 
   for (int i = 0; i < items; i++) {
@@ -383,8 +381,9 @@ __global__ void __launch_bounds__(kThreads, 1)
       }
       __syncwarp();
       cluster_arrive_relaxed();
-      named_arrive(kScaleBarrier, 64);
-      sync_block();
+      named_arrive(kForConsumers, 288);
+      named_arrive(kForScales, 64);
+      named_arrive(kForCodes, 64);
       launch_dependents();
       wait_for_predecessor();
       cluster_sync_wait();  // the neighbour's barriers are initialised
@@ -394,12 +393,12 @@ __global__ void __launch_bounds__(kThreads, 1)
         for (const CUtensorMap* map : {&maps.w, &maps.x, &maps.s, &maps.y}) tma_prefetch_map(map);
       __syncwarp();
       cluster_arrive_relaxed();
-      if (warp == 1)
-        load_scales<C>(a, schedule, base, full0, empty0, map);
-      else
-        sync_block();
-      if (warp == 3 && elect_one() && schedule.count() > 0)
-        load_early<C>(maps, a, schedule.at(0), base, full0);
+      if (warp == 1) load_scales<C>(a, schedule, base, full0, empty0, map);
+      if (warp == 3) {
+        named_barrier(kForCodes, 64);
+        if (elect_one() && schedule.count() > 0)
+          load_early<C>(maps, a, schedule.at(0), base, full0);
+      }
       __syncwarp();
       cluster_sync_wait();
     }

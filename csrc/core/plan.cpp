@@ -83,7 +83,7 @@ double wgmma_us(const Problem& p, int64_t tokens) {
   const bool is_cut = rest > 0 && 2 * rest <= clusters && kblocks >= 8;
   const double waves = double(full) + (rest == 0 ? 0.0 : is_cut ? 0.5 : 1.0);
   const double exchange = !is_cut ? 0.0 : is_wide ? 2.3 : 1.3;
-  return 3.3 + waves * double(kblocks) * (is_wide ? 0.646 : 0.43) + exchange;
+  return 4.0 + waves * double(kblocks) * (is_wide ? 0.636 : 0.445) + exchange;
 }
 
 // Microseconds of dequantise + cuBLAS on the same card: 3.3 TB/s and 3.5 to start; then 5 and the
