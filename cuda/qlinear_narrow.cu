@@ -20,11 +20,12 @@
 // Warpgroup 0 produces: warp 0 TMA, warps 1 ... 3 scales. Programmatic dependent launch: codes and
 // scales of the first stages are asked for before the wait, activations after it.
 //
-// Bound: up to 64 tokens latency and issue of decoding, 83 instructions (106 in the gradient) per
-// 1024 weights and warp, 36 weights a clock and multiprocessor with 64 rows (14336 x 4096: 7.4 us
-// at 1.75 GHz on all multiprocessors, as much as reading the codes takes); 128 tokens: with 128
-// rows the tensor cores, 512 clocks a k-block (measured 560), with 64 rows x through L2 (16 KB a
-// k-block, 48 bytes a clock). Start and end of a block cost 3200 + 900 clocks.
+// Bound, clocks a k-block and multiprocessor measured (H200): 64 rows x 16 tokens 175, 128 x 16
+// 280, 128 x 64 390: latency and issue of decoding (85 instructions a k-block and warp, 105 in the
+// gradient; half of the issue slots), where reading the codes takes 110 a 64 rows. 128 x 128: the
+// tensor cores, 512 clocks, and shared memory, 550 wavefronts (lookups 96, x into wgmma 256, copies
+// 160, codes): 550. 64 x 128: x through L2, 16 KB in 363 clocks. A block starts its first k-block
+// after 3200 clocks and ends 500 ... 2600 behind the last.
 #include <algorithm>
 
 #include "qlinear_wgmma.cuh"
@@ -50,6 +51,10 @@ struct Narrow {
   // table.
   static constexpr bool kIsFull = kTokens == 128, kIsLow = kRowGroups == 1;
   static constexpr bool kHasTable = !kIsFull || !kIsLow;
+  // Of the four k16 steps of a k-block those decoded by lookups, the others by permutes. With 128
+  // tokens shared memory is the busiest pipe: three of four 24.7 us, all 25.1, two 25.7
+  // (14336 x 4096).
+  static constexpr int kLookupSteps = !kHasTable ? 0 : kIsFull ? 3 : 4;
   static constexpr int kConsumers = kIsFull && kIsLow ? 3 : 4, kThreads = 128 * (kConsumers + 1);
   static constexpr int kProducerRegisters = !kIsFull ? 64 : kIsLow ? 56 : 32;
   static constexpr int kConsumerRegisters = !kIsFull ? 104 : kIsLow ? 152 : 112;
@@ -57,9 +62,10 @@ struct Narrow {
   static constexpr int kXBytes = kTokens * kBlockK * 2, kWBytes = kRows * kBlockK / 2,
                        kSBytes = kRows * 2;
   static constexpr int kStages = kIsFull && kHasTable ? 6 : kIsLow && kTokens <= 32 ? 24 : 12;
-  static constexpr int kEarly = kStages < 12 ? kStages : 12;  // asked for before anything else
-  static constexpr int kChunk =
-      kIsFull && kHasTable ? 1 : 2;  // units of scales asked for at a time
+  // Stages whose codes are asked for before anything else, 16 KB: more delay the first of them
+  // (14336 x 4096, M = 16, of 12 stages all / 6 / 4: 14.1 / 13.8 / 13.6 us).
+  static constexpr int kEarly = 8 / kRowGroups;
+  static constexpr int kChunk = kIsFull && kHasTable ? 1 : 2;  // units of scales asked for at once
   static constexpr int kTokenTiles = kTokens / 8;
   // From the start of dynamic shared memory, rounded up to 1024.
   static constexpr int kSAt = kStages * kWBytes;
@@ -86,6 +92,7 @@ struct Narrow {
   static_assert(kStages % kTurns == 0, "a warpgroup meets the same stages in every round");
   static_assert(kStages % (kScaleWarps * kChunk * (3 - kRowGroups)) == 0,
                 "a scale warp meets the same stages in every round");
+  static_assert(!kHasTable || kConsumers == 4, "fill_table's threads");
 };
 
 struct NarrowMaps {
@@ -116,11 +123,10 @@ struct Place {
     const int tiles = min(token_tiles, (a.M - token + 7) / 8);
     return ((tiles + parts - 1 - rank) >> parts_shift) * (parts - 1) * tile_bytes;
   }
-  // Barriers are initialised (and fenced), the table is filled.
-  template <int kThreads>
+  // Barriers are initialised (and fenced), the table is filled. Called once, by all threads.
   FASTPEFT_DEVICE void sync() const {
     if (parts > 1) cluster_arrive_relaxed();
-    named_barrier(3, kThreads);  // called from the code of every role
+    __syncthreads();
     if (parts > 1) cluster_sync_wait();
   }
 };
@@ -147,11 +153,11 @@ struct Loader {
   // After w() of the first stages.
   FASTPEFT_DEVICE void run() const {
     const int first = min(C::kStages, at.count);
+    const int early = min(C::kEarly, first);
 #pragma unroll 1
-    for (int i = 0; i < first; i++) {
-      if (i >= C::kEarly) w(i, i);
-      x(i, i);
-    }
+    for (int i = 0; i < early; i++) x(i, i);
+#pragma unroll 1
+    for (int i = early; i < first; i++) w(i, i), x(i, i);
     Ring<C::kStages> ring(1);
     ring.stage = first == C::kStages ? 0 : first;
     if (first == C::kStages) ring.phase = 0;
@@ -169,72 +175,81 @@ struct Loader {
   }
 };
 
+// A scale warp: begin() asks for everything, before the block's first barrier; run() waits for it.
 template <class C>
-FASTPEFT_DEVICE void load_scales(const GemmArgs& a, const Place& at, int worker, float* map) {
+struct Scales {
   using Producer = ScaleProducer<typename C::T, C::kDgrad, C::kRowGroups, C::kChunk>;
-  constexpr int kStep = C::kChunk * Producer::kUnit, kMapLoads = 3;
+  static constexpr int kStep = C::kChunk * Producer::kUnit, kMapLoads = 3;
   static_assert(kMapLoads * 32 * kScaleWarps >= 256, "the dynamic map");
-  const int end = at.begin + at.count, lane = threadIdx.x & 31;
-  // Everything is asked for before anything is used.
-  float v[kMapLoads], offset = 0.0f;
-  if (a.nested) {
-    offset = __ldg(a.nested);
-#pragma unroll
-    for (int j = 0; j < kMapLoads; j++)
-      v[j] = __ldg(a.nested + 1 + min((j * kScaleWarps + worker) * 32 + lane, 255));
-  }
-  Producer producer(a, map);
-  producer.begin(at.row_tile * C::kRows);
+  const GemmArgs& a;
+  const Place& at;
+  const int worker;
+  float* map;
+  Producer producer;
   RawScales<C::kChunk> raw;
-  producer.load(at.begin + min(worker * kStep, at.count - 1), end, raw);
-  at.template sync<C::kThreads>();
-  asm volatile("" : "+f"(v[0]), "+f"(v[1]), "+f"(v[2]), "+f"(offset));  // not waited for above
-  producer.offset = offset * Producer::kFactor;
-  if (a.nested) {
+  float v[kMapLoads] = {};
+
+  FASTPEFT_DEVICE Scales(const GemmArgs& args, const Place& place, int worker, float* map)
+      : a(args), at(place), worker(worker), map(map), producer(args, map) {}
+  FASTPEFT_DEVICE void begin() {
+    const int lane = threadIdx.x & 31;
+    if (a.nested) {
 #pragma unroll
-    for (int j = 0; j < kMapLoads; j++)
-      map[min((j * kScaleWarps + worker) * 32 + lane, 255)] = v[j] * Producer::kFactor;
-    named_barrier(2, 32 * kScaleWarps);
+      for (int j = 0; j < kMapLoads; j++)
+        v[j] = __ldg(a.nested + 1 + min((j * kScaleWarps + worker) * 32 + lane, 255));
+    }
+    producer.begin(at.row_tile * C::kRows);
+    producer.load(at.begin + min(worker * kStep, at.count - 1), at.begin + at.count, raw);
   }
-  for (int i = worker * kStep; i < at.count; i += kScaleWarps * kStep) {
-    if (i != worker * kStep) producer.load(at.begin + i, end, raw);
+  FASTPEFT_DEVICE void run() {
+    const int end = at.begin + at.count, lane = threadIdx.x & 31;
+    asm volatile("" : "+f"(v[0]), "+f"(v[1]), "+f"(v[2]));  // not waited for earlier
+    if (a.nested) {
 #pragma unroll
-    for (int j = 0; j < C::kChunk; j++) {
-      const int first = i + j * Producer::kUnit;
-      if (first >= at.count) break;
-      const uint2 packed = producer.decode(raw, j);
-      const int mine = Producer::kUnit == 2 ? first + lane / 16 : first;
-      const int stage = mine % C::kStages, phase = (mine / C::kStages + 1) & 1;
-      if (mine < at.count) {
-        barrier_wait(at.empty0 + 8 * stage, phase);
-        // Forward: rows in order. Gradient: pair q of n at t = q % 4, then q / 4, the order in
-        // which a lane of wgmma's fragment wants them.
-        const uint32_t s_stage = at.base + C::kSAt + stage * C::kSBytes;
-        if (C::kDgrad) {
-          const int p = lane & 15;
-          const uint32_t to =
-              s_stage + (Producer::kUnit == 2 ? 0 : lane / 16 * 128) + (p & 1) * 64 + p / 2 * 4;
-          asm volatile("st.shared.b32 [%0], %1;\nst.shared.b32 [%0 + 32], %2;" ::"r"(to),
-                       "r"(packed.x), "r"(packed.y)
-                       : "memory");
-        } else {
-          asm volatile("st.shared.v2.b32 [%0], {%1, %2};" ::"r"(
-                           s_stage + (Producer::kUnit == 2 ? lane % 16 : lane) * 8),
-                       "r"(packed.x), "r"(packed.y)
-                       : "memory");
+      for (int j = 0; j < kMapLoads; j++)
+        map[min((j * kScaleWarps + worker) * 32 + lane, 255)] = v[j] * Producer::kFactor;
+      named_barrier(2, 32 * kScaleWarps);
+    }
+    for (int i = worker * kStep; i < at.count; i += kScaleWarps * kStep) {
+      if (i != worker * kStep) producer.load(at.begin + i, end, raw);
+#pragma unroll
+      for (int j = 0; j < C::kChunk; j++) {
+        const int first = i + j * Producer::kUnit;
+        if (first >= at.count) break;
+        const uint2 packed = producer.decode(raw, j);
+        const int mine = Producer::kUnit == 2 ? first + lane / 16 : first;
+        const int stage = mine % C::kStages, phase = (mine / C::kStages + 1) & 1;
+        if (mine < at.count) {
+          barrier_wait(at.empty0 + 8 * stage, phase);
+          // Forward: rows in order. Gradient: pair q of n at t = q % 4, then q / 4, the order in
+          // which a lane of wgmma's fragment wants them.
+          const uint32_t s_stage = at.base + C::kSAt + stage * C::kSBytes;
+          if (C::kDgrad) {
+            const int p = lane & 15;
+            const uint32_t to =
+                s_stage + (Producer::kUnit == 2 ? 0 : lane / 16 * 128) + (p & 1) * 64 + p / 2 * 4;
+            asm volatile("st.shared.b32 [%0], %1;\nst.shared.b32 [%0 + 32], %2;" ::"r"(to),
+                         "r"(packed.x), "r"(packed.y)
+                         : "memory");
+          } else {
+            asm volatile("st.shared.v2.b32 [%0], {%1, %2};" ::"r"(
+                             s_stage + (Producer::kUnit == 2 ? lane % 16 : lane) * 8),
+                         "r"(packed.x), "r"(packed.y)
+                         : "memory");
+          }
         }
+        __syncwarp();
+        if (mine < at.count && lane % (32 / Producer::kUnit) == 0)
+          barrier_arrive(at.full0 + 8 * stage);
       }
-      __syncwarp();
-      if (mine < at.count && lane % (32 / Producer::kUnit) == 0)
-        barrier_arrive(at.full0 + 8 * stage);
     }
   }
-}
+};
 
 // Byte -> pair of bf16 codes in shared memory, a copy a lane: entry e at e * 256 + 4 * lane, so
 // that the address is one byte permute and banks never collide.
 template <class T>
-FASTPEFT_DEVICE void fill_table(uint32_t table, int thread) {  // half an entry
+FASTPEFT_DEVICE void fill_table(uint32_t table, int thread) {  // of 512: half an entry each
   const int entry = thread / 2;
   uint32_t f[4];
   decode8<false>(uint32_t(entry), make_codebook<T>(), f);
@@ -290,7 +305,7 @@ FASTPEFT_DEVICE void multiply(const GemmArgs& a, const Place& at, int row, int r
   const int g = lane >> 2, t = lane & 3, pair = (g >> 1) + 4 * (g & 1);
   const uint32_t lane_table = opaque(at.table + lane * 4);
   Codebook codebook = {};
-  if constexpr (!C::kHasTable) codebook = make_codebook<T>();
+  if constexpr (C::kLookupSteps < 4) codebook = make_codebook<T>();
   const uint32_t w_lane = opaque(
       at.base + turn * C::kWBytes +
       (kDgrad ? (lane >> 3) * (512 * C::kRowGroups) + row_group * 512 + warp * 128 + (lane & 7) * 16
@@ -339,7 +354,7 @@ FASTPEFT_DEVICE void multiply(const GemmArgs& a, const Place& at, int row, int r
             if (step % 2 == 0) load_shared_u32x4(s_stage + step * 8, scales);
             c[0] = scales[step % 2 * 2], c[1] = scales[step % 2 * 2 + 1];
           }
-          if constexpr (C::kHasTable)
+          if (step < C::kLookupSteps)
             lookup8<kDgrad>(w[step], lane_table, f[step]);
           else
             decode8<kDgrad>(w[step], codebook, f[step]);
@@ -387,15 +402,6 @@ FASTPEFT_DEVICE void multiply(const GemmArgs& a, const Place& at, int row, int r
   wgmma_wait<0>();
 #pragma unroll
   for (int e = 0; e < C::kTokens / 2; e++) asm volatile("" : "+f"(acc[e])::"memory");
-}
-
-FASTPEFT_DEVICE float4 load_shared_float4(uint32_t from) {
-  float4 v;
-  asm volatile("ld.shared.v4.f32 {%0, %1, %2, %3}, [%4];"
-               : "=f"(v.x), "=f"(v.y), "=f"(v.z), "=f"(v.w)
-               : "r"(from)
-               : "memory");
-  return v;
 }
 
 FASTPEFT_DEVICE void store_shared_float4(uint32_t to, const float4& v) {
@@ -546,31 +552,20 @@ __global__ void __launch_bounds__(C::kThreads, 1)
   at.token = blockIdx.z * C::kTokens;
   const int warp_id = __shfl_sync(0xffffffffu, threadIdx.x / 32, 0), warpgroup = warp_id / 4;
   const Loader<C> loader{maps, a, at};
-  // First in the code, as the first fetches of instructions are the slow ones: the codes of all
-  // stages are asked for.
+  // Prologue by role; first in the code, as fetching instructions is slow here, the first codes.
   if (warp_id == 0 && elect_one()) {
+    tma_prefetch_map(&maps.w);
+    tma_prefetch_map(&maps.x);
     for (int i = 0; i < C::kStages; i++)
       barrier_init(at.full0 + 8 * i, 2);  // TMA's expectation and a scale warp
-    barrier_init_fence();
     fence_async_proxy();
 #pragma unroll 1
     for (int i = 0, first = min(C::kEarly, at.count); i < first; i++) loader.w(i, i);
-    tma_prefetch_map(&maps.x);
   }
-  __syncwarp();
-  if (warpgroup == 0) {
-    asm volatile("setmaxnreg.dec.sync.aligned.u32 %0;" ::"n"(C::kProducerRegisters));
-    if (warp_id == 0) {
-      at.template sync<C::kThreads>();
-      launch_dependents();
-      wait_for_predecessor();
-      if (elect_one()) loader.run();
-      __syncwarp();
-    } else {
-      float* map = reinterpret_cast<float*>(raw + (at.base - shared_address(raw)) + C::kMapAt);
-      load_scales<C>(a, at, warp_id - 1, map);
-    }
-  } else {
+  Scales<C> scales(a, at, warp_id - 1,
+                   reinterpret_cast<float*>(raw + (at.base - shared_address(raw)) + C::kMapAt));
+  if (warp_id > 0 && warpgroup == 0) scales.begin();
+  if (warpgroup > 0) {
     if (warp_id == 4 && elect_one()) {
       for (int i = 0; i < C::kStages; i++) barrier_init(at.empty0 + 8 * i, 4 * C::kRowGroups);
       barrier_init(at.ready, 1);
@@ -580,18 +575,25 @@ __global__ void __launch_bounds__(C::kThreads, 1)
       if (at.parts > 1)
         barrier_expect(at.ready, at.received_bytes(a, C::kTokenTiles, C::kTileBytes));
     }
-    __syncwarp();
-    if (C::kHasTable) {
-      fill_table<typename C::T>(at.table, threadIdx.x - 128);
-      if (C::kConsumers == 3 && threadIdx.x < 256)
-        fill_table<typename C::T>(at.table, threadIdx.x + 256);
+    if (C::kHasTable) fill_table<typename C::T>(at.table, threadIdx.x - 128);
+  }
+  __syncwarp();
+  at.sync();
+  if (warpgroup == 0) {
+    asm volatile("setmaxnreg.dec.sync.aligned.u32 %0;" ::"n"(C::kProducerRegisters));
+    if (warp_id > 0) {
+      scales.run();
+    } else {
+      launch_dependents();
+      wait_for_predecessor();
+      if (elect_one()) loader.run();
     }
+  } else {
     asm volatile("setmaxnreg.inc.sync.aligned.u32 %0;" ::"n"(C::kConsumerRegisters));
     const int row_group = (warpgroup - 1) / C::kTurns, turn = (warpgroup - 1) % C::kTurns;
     const int g = (threadIdx.x & 31) >> 2;
     const int row =
         at.row_tile * C::kRows + row_group * 64 + (warp_id & 3) * 16 + 2 * ((g >> 1) + 4 * (g & 1));
-    at.template sync<C::kThreads>();
     float acc[C::kTokens / 2];
     multiply<C>(a, at, row, row_group, turn, acc);
     finish<C>(a, at, out, row, row_group, turn, acc);

@@ -61,11 +61,16 @@ struct GemmArgs {
   int column_shift = 0;          // log2(blocksize / 64)
   int kblocks = 0;               // reduction / 64
   int tiles_r = 0, tiles_t = 0;  // the wide kernel's tiles over rows and tokens
+  int waves = 0;                 // and its full waves
   int x_bytes = 0;  // of a stage of x: few tokens fill only part, the rest is never stored
   const void* scales = nullptr;   // [scale_columns][padded_n] float32, or uint8 with nested
   const float* nested = nullptr;  // [257 + groups]
-  const void* bias = nullptr;     // T [rows] or null
-  const void* lora = nullptr;     // T, forward: B [N, R]; dgrad: A [R, K]
+  bool has_fixed_groups = false;  // forward: the nested absmax of a row is the same for all blocks
+  bool has_one_change = false;    // forward, at most 256 blocks a row: it changes once at most
+  bool has_shared_group = false;  // four rows from a multiple of four share it
+  bool has_regular_groups = false;  // 64 rows are a whole number of groups
+  const void* bias = nullptr;       // T [rows] or null
+  const void* lora = nullptr;       // T, forward: B [N, R]; dgrad: A [R, K]
   int R = 0;
   float scaling = 1.0f;  // forward only; ds carries it in dgrad
 };
@@ -120,6 +125,7 @@ template <int kChunk>
 struct RawScales {
   float4 values[kChunk];
   uint32_t codes[kChunk];
+  int columns[kChunk];
 };
 
 // A warp turns 128 scales at a time, a unit, into T(absmax * range / gain) in the stage: with two
@@ -137,18 +143,14 @@ struct ScaleProducer {
   const float* map;  // map * kFactor, in shared memory
   const int lane;
   int first_row = 0;
-  float offset = 0.0f;
-  bool has_fixed_groups;  // forward: the nested absmax of a row is the same for all of its blocks
-  bool has_shared_group;  // four rows from a multiple of four share their nested absmax
-  float4 fixed;
+  float offset = 0.0f;   // multiplied by kFactor where it is used, or a start would wait for it
+  float4 fixed, second;  // forward: nested absmax of the lane's rows, before and from `change` on
+  int4 change;           // columns
+  uint32_t code_at, group_at[4];  // dgrad: places of the lane's scales from a k-block's first
 
   FASTPEFT_DEVICE ScaleProducer(const GemmArgs& args, const float* shared_map)
       : a(args), map(shared_map), lane(threadIdx.x & 31) {
-    if (a.nested) offset = __ldg(a.nested) * kFactor;
-    // Divides 256, 64: without a division on the way to the first loads.
-    const bool is_power = (a.scale_columns & (a.scale_columns - 1)) == 0;
-    has_fixed_groups = !kDgrad && a.nested && is_power && a.scale_columns <= 256;
-    has_shared_group = is_power && a.scale_columns <= 64;
+    if (a.nested) offset = __ldg(a.nested);
   }
   // Clamped, not tested: a branch around a load makes the compiler wait for each load by itself.
   // Scales outside the matrix meet zeros of the other operand or rows that are never stored: any
@@ -175,10 +177,56 @@ struct ScaleProducer {
   // Starts the tile whose first output row is `row0`.
   FASTPEFT_DEVICE void begin(int row0) {
     first_row = row0;
-    if (has_fixed_groups) fixed = nested_of(row(0), 0);
+    if (kDgrad) {
+      const int shift = kUnit == 2 ? lane >> 4 : 0, n = (lane & 15) * 4;
+      code_at = column(0) * a.padded_n + n + shift * kBlockK;
+#pragma unroll
+      for (int e = 0; e < 4; e++)
+        group_at[e] = ((n + e + shift * kBlockK) * a.scale_columns + column(0)) >> 8;
+      return;
+    }
+    if (a.has_fixed_groups || a.has_one_change) fixed = nested_of(row(0), 0);
+    if (a.has_one_change) {
+      second = nested_of(row(0), a.scale_columns - 1);
+      const auto next = [&](int e) {
+        return 256 - int(uint32_t(min(row(0) + e, a.N - 1)) * a.scale_columns & 255);
+      };
+      change = make_int4(next(0), next(1), next(2), next(3));
+    }
   }
-  // Of the kChunk units from k-block kb on; those past `end` repeat the last one.
+  // Of the kChunk units from k-block kb on; those past `end` repeat the last one or are whatever
+  // follows it.
   FASTPEFT_DEVICE void load(int kb, int end, RawScales<kChunk>& raw) const {
+    if (kDgrad && a.has_regular_groups && (kb + kChunk * kUnit) * kBlockK <= a.N)
+      load_inside(kb, raw);
+    else
+      load_anywhere(kb, end, raw);
+  }
+  // Everything lies inside the matrix: places are sums of one of the lane's and one of the warp's.
+  FASTPEFT_DEVICE void load_inside(int kb, RawScales<kChunk>& raw) const {
+    const int first = kb * kBlockK, step = a.scale_columns / 4;  // groups of 64 rows
+    if (!a.nested) {
+      const float* from = static_cast<const float*>(a.scales) + first + code_at;
+#pragma unroll
+      for (int j = 0; j < kChunk; j++)
+        raw.values[j] = __ldg(reinterpret_cast<const float4*>(from + j * kUnit * kBlockK));
+      return;
+    }
+    const uint8_t* from = static_cast<const uint8_t*>(a.scales) + first + code_at;
+#pragma unroll
+    for (int j = 0; j < kChunk; j++)
+      raw.codes[j] = __ldg(reinterpret_cast<const uint32_t*>(from + j * kUnit * kBlockK));
+#pragma unroll
+    for (int j = 0; j < kChunk; j++) {
+      const float* groups = a.nested + 257 + (kb + j * kUnit) * step;
+      float v[4];
+#pragma unroll
+      for (int e = 0; e < 4; e++)
+        v[e] = e > 0 && a.has_shared_group ? v[0] : __ldg(groups + group_at[e]);
+      raw.values[j] = make_float4(v[0], v[1], v[2], v[3]);
+    }
+  }
+  FASTPEFT_DEVICE void load_anywhere(int kb, int end, RawScales<kChunk>& raw) const {
     int n[kChunk], c[kChunk];
 #pragma unroll
     for (int j = 0; j < kChunk; j++) {
@@ -196,8 +244,11 @@ struct ScaleProducer {
     for (int j = 0; j < kChunk; j++)
       raw.codes[j] = __ldg(reinterpret_cast<const uint32_t*>(static_cast<const uint8_t*>(a.scales) +
                                                              uint32_t(c[j]) * a.padded_n + n[j]));
-    if (has_fixed_groups) return;
-    if (has_shared_group) {
+    if (a.has_fixed_groups) return;
+    if (a.has_one_change) {  // selected in decode(), or the start would wait here
+#pragma unroll
+      for (int j = 0; j < kChunk; j++) raw.columns[j] = c[j];
+    } else if (a.has_shared_group) {
 #pragma unroll
       for (int j = 0; j < kChunk; j++) {
         const float v = __ldg(a.nested + 257 + ((uint32_t(n[j]) * a.scale_columns + c[j]) >> 8));
@@ -209,52 +260,68 @@ struct ScaleProducer {
     }
   }
   FASTPEFT_DEVICE uint2 decode(const RawScales<kChunk>& raw, int j) const {
-    const float4 v = has_fixed_groups ? fixed : raw.values[j];
+    float4 v = a.has_fixed_groups ? fixed : raw.values[j];
+    if (a.has_one_change) {
+      const int c = raw.columns[j];
+      v = make_float4(c < change.x ? fixed.x : second.x, c < change.y ? fixed.y : second.y,
+                      c < change.z ? fixed.z : second.z, c < change.w ? fixed.w : second.w);
+    }
     const uint32_t codes = raw.codes[j];
     if (!a.nested) {
       return make_uint2(pack_pair<T>(v.x * kFactor, v.y * kFactor),
                         pack_pair<T>(v.z * kFactor, v.w * kFactor));
     }
-    const float s0 = fmaf(map[codes & 255], v.x, offset),
-                s1 = fmaf(map[(codes >> 8) & 255], v.y, offset);
-    const float s2 = fmaf(map[(codes >> 16) & 255], v.z, offset),
-                s3 = fmaf(map[codes >> 24], v.w, offset);
+    const float shift = offset * kFactor;
+    const float s0 = fmaf(map[codes & 255], v.x, shift),
+                s1 = fmaf(map[(codes >> 8) & 255], v.y, shift);
+    const float s2 = fmaf(map[(codes >> 16) & 255], v.z, shift),
+                s3 = fmaf(map[codes >> 24], v.w, shift);
     return make_uint2(pack_pair<T>(s0, s1), pack_pair<T>(s2, s3));
   }
 };
 
-// Fragment of k16 step `step` of the output rows' low-rank factor, times range: forward scaling *
-// B, dgrad A^T.
+// Fragment of k16 step `step` of the output rows' low-rank factor as it lies in memory; zeros
+// beyond the matrix.
 template <class T, bool kDgrad>
-FASTPEFT_DEVICE void load_lora(const GemmArgs& a, int row, int step, int t, uint32_t (&f)[4]) {
-  const T* factor = static_cast<const T*>(a.lora);
+FASTPEFT_DEVICE void ask_lora(const GemmArgs& a, int row, int step, int t, uint32_t (&f)[4]) {
+  const size_t pitch = kDgrad ? a.rows : a.R;
+  const T* from = static_cast<const T*>(a.lora) +
+                  (kDgrad ? (step * 16 + 2 * t) * pitch + row : row * pitch + step * 16 + 2 * t);
+#pragma unroll
+  for (int i = 0; i < 2; i++) {  // ranks 8i + 2t, 8i + 2t + 1 of the step
+    const bool exists = row < a.rows && step * 16 + 8 * i < a.R;
+#pragma unroll
+    for (int e = 0; e < 2; e++) {
+      const T* at = from + (kDgrad ? (8 * i + e) * pitch : 8 * i + e * pitch);
+      f[2 * i + e] = 0;
+      if (exists) f[2 * i + e] = __ldg(reinterpret_cast<const uint32_t*>(at));
+    }
+  }
+}
+
+// Makes it wgmma's, times range: forward scaling * B, dgrad A^T.
+template <class T, bool kDgrad>
+FASTPEFT_DEVICE void scale_lora(const GemmArgs& a, uint32_t (&f)[4]) {
   const float scale = (kDgrad ? 1.0f : a.scaling) * Coding<T>::kRange;
 #pragma unroll
-  for (int i = 0; i < 2; i++) {
-    const int r = step * 16 + 2 * (t + 4 * i);
-    uint32_t even = 0, odd = 0;  // rank pair of rows `row`, `row + 1`
-    if (row < a.rows && r < a.R) {
-      const auto pair_at = [&](size_t place) {
-        return __ldg(reinterpret_cast<const uint32_t*>(factor + place));
-      };
-      if (kDgrad) {
-        const uint32_t v0 = pair_at(size_t(r) * a.rows + row);
-        const uint32_t v1 = pair_at(size_t(r + 1) * a.rows + row);
-        even = permute_bytes(v0, v1, 0x5410);
-        odd = permute_bytes(v0, v1, 0x7632);
-      } else {
-        even = pair_at(size_t(row) * a.R + r);
-        odd = pair_at(size_t(row + 1) * a.R + r);
-      }
-      if (!kDgrad || Coding<T>::kRange != 1.0f) {
-        const float2 u = unpack_pair<T>(even), v = unpack_pair<T>(odd);
-        even = pack_pair<T>(u.x * scale, u.y * scale);
-        odd = pack_pair<T>(v.x * scale, v.y * scale);
-      }
+  for (int i = 0; i < 4; i += 2) {
+    if (kDgrad) {  // pairs of rows of two ranks -> pairs of ranks of two rows
+      const uint32_t even = permute_bytes(f[i], f[i + 1], 0x5410);
+      f[i + 1] = permute_bytes(f[i], f[i + 1], 0x7632);
+      f[i] = even;
     }
-    f[2 * i] = even;
-    f[2 * i + 1] = odd;
+#pragma unroll
+    for (int e = i; e < i + 2; e++) {
+      const float2 v = unpack_pair<T>(f[e]);
+      if (!kDgrad || Coding<T>::kRange != 1.0f) f[e] = pack_pair<T>(v.x * scale, v.y * scale);
+    }
   }
+}
+
+template <class T, bool kDgrad>
+FASTPEFT_DEVICE void load_lora(const GemmArgs& a, int row, int step, int t, uint32_t (&f)[4]) {
+  ask_lora<T, kDgrad>(a, row, step, t, f);
+  scale_lora<T, kDgrad>(a, f);
 }
 
 // Of output rows `row`, `row + 1`.
@@ -285,6 +352,10 @@ GemmArgs gemm_args(const WeightView& w, int64_t M, const void* bias, const void*
   a.kblocks = int(ceil_div<int64_t>(kDgrad ? w.N : w.K, kBlockK));
   a.scales = w.scales;
   a.nested = w.nested;
+  a.has_fixed_groups = !kDgrad && w.nested && 256 % a.scale_columns == 0;
+  a.has_one_change = !kDgrad && w.nested && !a.has_fixed_groups && a.scale_columns <= 256;
+  a.has_shared_group = 64 % a.scale_columns == 0;
+  a.has_regular_groups = a.scale_columns % 4 == 0;
   a.bias = bias;
   a.lora = lora;
   a.R = int(R);

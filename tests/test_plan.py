@@ -55,7 +55,8 @@ def test_every_problem_has_a_sound_plan(fmt):
             assert machine[0] == 90 and dtype == "bfloat16", where
             assert K % 16 == 0 and N % 8 == 0 and p["tile_tokens"] in (128, 256), where
         elif p["kernel"] in ("wgmma", "narrow"):
-            assert machine[0] == 90 and format == "nf4" and dtype == "bfloat16", where
+            assert machine[0] == 90 and format == "nf4", where
+            assert dtype in ("bfloat16", "float16"), where
             assert K % 64 == 0 and p["tile_rows"] in (64, 128), where
             widths = (128, 256) if p["kernel"] == "wgmma" else (16, 32, 64, 128)
             assert p["tile_tokens"] in widths and p["split"] in (1, 2, 4, 8), where
@@ -79,7 +80,7 @@ def test_many_tokens_run_on_tensor_cores_of_sm_90(direction):
     p = plan(2048, 4096, 4096, (90, 132), direction=direction)
     assert p["kernel"] == "wgmma" and p["workspace_bytes"] == 0
     # its limits send a problem elsewhere, not into an error
-    for other in ({"K": 4100}, {"N": 4097}, {"dtype": "float16"}, {"blocksize": 32}):
+    for other in ({"K": 4100}, {"N": 4097}, {"dtype": "float32"}, {"blocksize": 32}):
         sizes = {"M": 2048, "N": 4096, "K": 4096, **other}
         assert _C.plan(**sizes, arch=90, sm_count=132, direction=direction)["kernel"] != "wgmma"
 
@@ -142,7 +143,8 @@ def families(M, N, K, **more) -> str:
         (8, 14336, 4096, {"R": 16}, {"fused"}),
         (16, 14336, 4096, {"R": 16}, {"narrow"}),
         (64, 4096, 4096, {"direction": "dgrad"}, {"narrow"}),
-        (64, 4096, 4096, {"dtype": "float16"}, {"fused"}),
+        (64, 4096, 4096, {"dtype": "float16"}, {"narrow", "wgmma"}),
+        (2048, 4096, 4096, {"dtype": "float16"}, {"wgmma"}),
         (2048, 14336, 4096, {"format": "int8"}, {"wgmma"}),
         (1, 28672, 8192, {"direction": "dgrad"}, {"fused"}),
         (512, 14336, 4096, {}, {"wgmma"}),

@@ -60,7 +60,8 @@ int64_t fused_tokens(const Problem& p) {
 // What cuda/qlinear_wgmma.cu was written for, and whether it was compiled.
 bool wgmma_serves(const Problem& p) {
 #ifdef FASTPEFT_HAS_SM90A
-  if (p.arch != 90 || p.format != Format::kNf4 || p.dtype != DType::kBFloat16) return false;
+  const bool is_16bit = p.dtype == DType::kBFloat16 || p.dtype == DType::kFloat16;
+  if (p.arch != 90 || p.format != Format::kNf4 || !is_16bit) return false;
   return p.M < (1 << 24) && p.N % 8 == 0 && p.K % 64 == 0 && p.blocksize >= 64 &&
          p.K % p.blocksize == 0 && p.N * (p.K / 64) < (int64_t(1) << 31);
 #else
@@ -69,26 +70,25 @@ bool wgmma_serves(const Problem& p) {
 #endif
 }
 
-// Microseconds of the wgmma kernel with tiles of `tokens`, measured on an H200: 5 to start and end,
-// then k-blocks of 1130 (tensor cores, at the clock that power allows) or 810 clocks (decode)
-// at 1.75 GHz over the waves of tiles. A last wave that fills at most half of the blocks is cut in
-// two, for 1.4 of exchange. Within 6 % of the kernel on the shapes of Llama-3-8B and 70B at M = 64
-// ... 512.
+// Microseconds of the wgmma kernel with tiles of `tokens`, measured on an H200: a start and an end,
+// then k-blocks (256 tokens: tensor cores, 1025 clocks, longer where power limits; 128: decode)
+// over the waves of pairs of row tiles. A last wave that fills at most half of the clusters is cut
+// in two, for an exchange of sums at 15 bytes a clock.
 double wgmma_us(const Problem& p, int64_t tokens) {
-  const bool is_fwd = p.direction == Direction::kFwd;
+  const bool is_fwd = p.direction == Direction::kFwd, is_wide = tokens == 256;
   const int64_t rows = is_fwd ? p.N : p.K, kblocks = ceil_div<int64_t>(is_fwd ? p.K : p.N, 64);
-  const int64_t blocks = std::max(p.sm_count / 2 * 2, 2);
-  const int64_t tiles = ceil_div<int64_t>(rows, 128) * ceil_div<int64_t>(p.M, tokens);
-  const int64_t full = tiles / blocks, rest = tiles % blocks;
-  const bool is_cut = rest > 0 && 2 * rest <= blocks && kblocks >= 8;
+  const int64_t clusters = std::max(p.sm_count / 2, 1);
+  const int64_t pairs = ceil_div<int64_t>(rows, 256) * ceil_div<int64_t>(p.M, tokens);
+  const int64_t full = pairs / clusters, rest = pairs % clusters;
+  const bool is_cut = rest > 0 && 2 * rest <= clusters && kblocks >= 8;
   const double waves = double(full) + (rest == 0 ? 0.0 : is_cut ? 0.5 : 1.0);
-  const double clocks = tokens == 256 ? 1130.0 : 810.0;
-  return 5.0 + waves * double(kblocks) * clocks / 1750.0 + (is_cut ? 1.4 : 0.0);
+  const double exchange = !is_cut ? 0.0 : is_wide ? 2.3 : 1.3;
+  return 3.3 + waves * double(kblocks) * (is_wide ? 0.646 : 0.43) + exchange;
 }
 
 // Microseconds of dequantise + cuBLAS on the same card: 3.3 TB/s and 3.5 to start; then 5 and the
-// slower of 3.5 TB/s and 720 TFLOP/s. Wins only where the wgmma kernel has too few tiles for the
-// card (1024 x 4096: 8 of 132).
+// slower of 3.5 TB/s and 720 TFLOP/s. Not asked where the wgmma kernels serve: those hold no 16-bit
+// copy of W at any M.
 double dequant_matmul_us(const Problem& p) {
   const double weights = double(p.N) * double(p.K);
   const double matmul = std::max(weights * 2.0 / 3.5e6, 2.0 * double(p.M) * weights / 7.2e8);
@@ -141,7 +141,7 @@ double narrow_us(const Problem& p, int64_t rows, int64_t tokens, int64_t split) 
 
 Choice narrow_choice(const Problem& p) {
   Choice best;
-  if (!wgmma_serves(p) || p.M > 512) return best;
+  if (!wgmma_serves(p) || p.M > 4096) return best;
   const int64_t tokens = p.M <= 16 ? 16 : p.M <= 32 ? 32 : p.M <= 64 ? 64 : 128;
   for (const int64_t rows : {64, 128})
     for (const int64_t split : {1, 2, 4}) {
@@ -255,7 +255,7 @@ Plan make_plan(const Problem& p) {
   }
   const Choice wgmma = wgmma_choice(p), narrow = narrow_choice(p);
   const Choice& tensor = narrow.us < wgmma.us ? narrow : wgmma;
-  const double dense_us = dequant_matmul_us(p);
+  const double dense_us = wgmma_serves(p) ? HUGE_VAL : dequant_matmul_us(p);
   const int64_t few = wgmma_serves(p) ? 8 : fused_tokens(p);  // nothing else comes near
   const double fused_us = p.M <= few                       ? 0.0
                           : skinny_serves(p) && p.M <= 256 ? skinny_us(p)

@@ -52,6 +52,10 @@ FASTPEFT_DEVICE void barrier_wait_cluster(uint32_t bar, uint32_t parity) {
       "r"(parity)
       : "memory");
 }
+// Of a named barrier of `threads`, without waiting.
+FASTPEFT_DEVICE void named_arrive(int id, int threads) {
+  asm volatile("bar.arrive %0, %1;" ::"r"(id), "r"(threads) : "memory");
+}
 FASTPEFT_DEVICE void named_barrier(int id, int threads) {
   asm volatile("bar.sync %0, %1;" ::"r"(id), "r"(threads) : "memory");
 }
@@ -196,6 +200,14 @@ FASTPEFT_DEVICE uint32_t load_shared_u32(uint32_t a) {
   uint32_t r;
   asm volatile("ld.shared.b32 %0, [%1];" : "=r"(r) : "r"(a));
   return r;
+}
+FASTPEFT_DEVICE float4 load_shared_float4(uint32_t from) {
+  float4 v;
+  asm volatile("ld.shared.v4.f32 {%0, %1, %2, %3}, [%4];"
+               : "=f"(v.x), "=f"(v.y), "=f"(v.z), "=f"(v.w)
+               : "r"(from)
+               : "memory");
+  return v;
 }
 template <bool kTransposed>
 FASTPEFT_DEVICE void load_matrices(uint32_t (&r)[4], uint32_t a) {

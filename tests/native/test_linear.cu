@@ -174,7 +174,10 @@ void test_nf4_tiles() {
         run(plan);
         test_linear<__half>(host, device, c.M, c.R, 0, plan);
       };
-      for (const int64_t tokens : {128, 256}) run(tiles(KernelId::kWgmma, 128, tokens, 1));
+      for (const int64_t tokens : {128, 256}) {
+        run(tiles(KernelId::kWgmma, 128, tokens, 1));
+        test_linear<__half>(host, device, c.M, c.R, 0, tiles(KernelId::kWgmma, 128, tokens, 1));
+      }
       for (const int64_t tokens : {16, 32, 64, 128}) {
         if (tokens < 128 && c.M > 2 * tokens) continue;
         for (const int64_t split : {1, 2, 4}) {
