@@ -6,6 +6,13 @@ namespace native {
 
 inline int failures = 0, checks = 0;
 
+// `test_kernels --small` runs one case in `stride` of every group.
+inline int stride = 1, cases = 0;
+
+inline bool is_left_out() {
+  return cases++ % stride != 0;
+}
+
 inline void check(bool ok, const std::string& what) {
   ++checks;
   if (ok) return;
@@ -55,6 +62,8 @@ void test_quantizers();
 void test_tiles();
 void test_linears();
 void test_wide_linears();
+void test_nf4_tiles();
+void test_int8_tiles();
 void test_graph();
 void test_dropouts();
 void test_llm_int8s();
