@@ -47,7 +47,7 @@ class Buffer {
   template <class T>
   explicit Buffer(const std::vector<T>& host, size_t shift = 0)
       : Buffer(host.size() * sizeof(T), shift) {
-    NATIVE_CUDA(cudaMemcpy(data(), host.data(), bytes_, cudaMemcpyHostToDevice));
+    write(host);
   }
   ~Buffer() { cudaFree(base_); }
   Buffer(const Buffer&) = delete;
@@ -62,6 +62,10 @@ class Buffer {
     if (!is_bare) NATIVE_CUDA(cudaMemset(base_, kPoison, bytes_ + shift_ + kGuardBytes));
   }
 
+  template <class T>
+  void write(const std::vector<T>& host) {
+    NATIVE_CUDA(cudaMemcpy(data(), host.data(), bytes_, cudaMemcpyHostToDevice));
+  }
   template <class T>
   std::vector<T> read() const {
     std::vector<T> host(bytes_ / sizeof(T));

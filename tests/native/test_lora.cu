@@ -115,9 +115,16 @@ void test_expand(int64_t M, int64_t C, int64_t R, float p, bool is_transposed, b
   q.seed = seed.as<int64_t>();
   q.add = add;
   q.out = out.data();
+  const std::string what = text(add ? "expand add" : "expand", q.dtype, {M, C, R}, p);
   cuda::lora_expand(q);
-  check_sums<T>(out, sums.want, sums.magnitude,
-                text(add ? "expand add" : "expand", q.dtype, {M, C, R}, p));
+  check_sums<T>(out, sums.want, sums.magnitude, what);
+  const std::vector<T> first = out.read<T>();
+  if (add)
+    out.write(start);
+  else
+    out.poison();
+  cuda::lora_expand(q);
+  check_bits(out, first, what + " again");
 }
 
 // G [R or C, ...] of the sums over tokens, as double.
