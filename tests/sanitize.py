@@ -1,15 +1,16 @@
 """`make sanitize`: compute-sanitizer's four tools over every kernel. Prints a table, a line a
 kernel and a column a tool; exit code 1 where a kernel did wrong.
 
-    python tests/sanitize.py [--tools memcheck,racecheck] [--kernels WORD] [--native PATH]
+    python tests/sanitize.py [--tools memcheck,racecheck] [--groups WORD] [--native PATH]
                              [--torch-tools memcheck] [--jobs 8] [--limit 60] [--keep DIR]
 
 The torch-free test_kernels (tests/native) carries it: every group of its cases under every tool, in
-processes of their own, several at a time. Where a tool dies or does not end within the limit, each
-kernel of that group is tried alone, so that one kernel does not hide the others; what then still is
-not checked is said so, by name, and never counts as clean. sanitize_small.py does the same with the
-ops on top, through torch, under --torch-tools. Where the tool or a GPU is missing it says SKIPPED
-and ends with 0.
+processes of their own, several at a time; racecheck, the slow one, in several parts. So one case of
+which a tool dies hides little else, and what was not checked is said so, by name, and never counts
+as clean. sanitize_small.py does the same with the ops on top, through torch, under --torch-tools:
+not racecheck, which dies ("failed to handle a hardware exception") wherever it is told to look at
+some of a process's kernels only. Where the tool or a GPU is missing it says SKIPPED and ends with
+0.
 """
 
 from __future__ import annotations
@@ -29,7 +30,7 @@ from pathlib import Path
 
 HERE = Path(__file__).resolve().parent
 ROOT = HERE.parent
-TOOLS = ("memcheck", "racecheck", "initcheck", "synccheck")
+TOOLS = ("racecheck", "memcheck", "initcheck", "synccheck")  # the longest first
 PLACES = ("/usr/local/cuda/bin", "/usr/local/cuda/compute-sanitizer")
 OURS = "fastpeft"
 SMALL = "sanitize_small"
@@ -43,26 +44,30 @@ NO_REPORT = (
 DEATH = ("Internal Sanitizer Error", "Sanitizer failed to handle")
 # what a tool's death drags behind it in the program
 AFTER_DEATH = ("Error: process didn't terminate successfully", "Program hit")
-# initcheck must see what every kernel writes; the others need look at ours alone
-WATCHES_ALL = ("initcheck",)
+PARTS = {"racecheck": 8}  # processes a group, at most; the others take one
+# initcheck: it does not see what TMA stores, and would object to copying such an output back
+OPTIONS = {"initcheck": ("--check-api-memory-access", "no")}
 
 
 @dataclass(frozen=True)
 class Result:
     """What one tool found in one process."""
 
-    program: str  # a group of test_kernels, or sanitize_small
+    program: str  # a group of test_kernels, perhaps a part of it, or sanitize_small
     tool: str
-    kernels: tuple[str, ...]  # launched there, and looked at by the tool
-    alone: bool  # whether the tool was told to look at one kernel only
+    kernels: tuple[str, ...]  # that were launched, or might have been where the tool died
     found: tuple[str, ...]  # the reports, each in one string
     death: str  # why the tool did not come to an end, or ""
     code: int
     seconds: float
 
     def of(self, kernel: str) -> int:
-        """Reports that name a kernel."""
-        return sum(names(report, kernel) for report in self.found)
+        """Reports that name a kernel, or none of the process's: a frame of an inlined function."""
+        others = [k for k in self.kernels if k != kernel]
+        return sum(
+            names(report, kernel) or not any(names(report, k) for k in others)
+            for report in self.found
+        )
 
     @property
     def ours(self) -> int:
@@ -75,11 +80,6 @@ class Result:
         if self.found or not (self.death or self.code):
             return f"{len(self.found)} reports ({self.ours} of fastpeft)" if self.found else "clean"
         return short(self.death) if self.death else f"ended with {self.code}"
-
-    @property
-    def label(self) -> str:
-        """The process in words."""
-        return f"{self.program}, {self.kernels[0]} alone" if self.alone else self.program
 
 
 def names(report: str, kernel: str) -> bool:
@@ -166,21 +166,19 @@ class Runner:
     limit: float  # seconds a process
     keep: Path | None
 
-    def run(
-        self, tool: str, program: str, command: list[str], kernels: Iterable[str], alone: str = ""
-    ) -> Result:
-        """One tool over one program; alone: looks at this kernel only."""
+    def run(self, tool: str, program: str, command: list[str], kernels: Iterable[str]) -> Result:
+        """One tool over one program, which may launch these kernels."""
         options = ["--tool", tool, "--print-limit", "1000", "--report-api-errors", "no"]
-        if alone or tool not in WATCHES_ALL:
-            options += ["--kernel-regex", f"kns={alone or OURS}"]
+        options += OPTIONS.get(tool, ())
+        if program == SMALL and tool != "initcheck":  # that one must see what every kernel writes
+            options += ["--kernel-regex", f"kns={OURS}"]
         start = time.monotonic()
         log, code = self._output([self.sanitizer, *options, *command])
         death = death_of(log) or ("" if code is not None else f"not done in {self.limit:g} s")
         result = Result(
             program,
             tool,
-            (alone,) if alone else tuple(kernels),
-            bool(alone),
+            tuple(kernels if death else launches(log).get(group_of(program), ())),
             tuple(faults(log)),
             death,
             124 if code is None else code,
@@ -188,9 +186,9 @@ class Runner:
         )
         if self.keep:
             self.keep.mkdir(parents=True, exist_ok=True)
-            name = re.sub(r"\W+", "-", f"{result.label}-{tool}")
+            name = re.sub(r"\W+", "-", f"{program}-{tool}")
             (self.keep / f"{name}.log").write_text(log)
-        print(f"{result.label}, {tool}: {result.state}, {result.seconds:.1f} s", flush=True)
+        print(f"{program}, {tool}: {result.state}, {result.seconds:.1f} s", flush=True)
         if result.found or (result.code and not death):
             print(excerpt(log), flush=True)
         return result
@@ -215,17 +213,23 @@ class Runner:
                 os.killpg(process.pid, signal.SIGKILL)
                 return process.communicate()[0], None
 
-    def group(self, tool: str, native: str, group: str, kernels: list[str]) -> list[Result]:
-        """A group of test_kernels; where the tool dies of it, each of its kernels alone."""
-        command = [native, "--small", "--bare", f"={group}"]
-        whole = self.run(tool, group, command, kernels)
-        if not whole.death or len(kernels) < 2 or tool in WATCHES_ALL:
-            return [whole]
-        return [whole] + [self.run(tool, group, command, kernels, one) for one in kernels]
+
+def group_of(program: str) -> str:
+    """ "int8 2/5" -> "int8"."""
+    return re.sub(r" \d+/\d+$", "", program)
 
 
-def launched(native: str) -> dict[str, list[str]]:
-    """group -> the kernels that test_kernels --small launches there.
+def launches(log: str) -> dict[str, dict[str, int]]:
+    """group -> kernel -> how often test_kernels launched it, from its lines."""
+    found: dict[str, dict[str, int]] = {}
+    for line in log.splitlines():
+        if match := re.fullmatch(r"launched (.+)/(\w+) (\d+)", line):
+            found.setdefault(match[1], {})[match[2]] = int(match[3])
+    return found
+
+
+def plan(native: str, tools: list[str], word: str) -> list[tuple[str, str, list[str], list[str]]]:
+    """(tool, program, command, kernels) of every process over test_kernels, the longest first.
 
     Raises:
         RuntimeError: the program fails without any tool.
@@ -234,30 +238,34 @@ def launched(native: str) -> dict[str, list[str]]:
     done = subprocess.run(command, capture_output=True, text=True)
     if done.returncode:
         raise RuntimeError(f"{' '.join(command)}: {done.stdout[-2000:]}{done.stderr[-2000:]}")
-    found: dict[str, list[str]] = {}
-    for line in done.stdout.splitlines():
-        if match := re.fullmatch(r"launched (.+)/(\w+) \d+", line):
-            found.setdefault(match[1], []).append(match[2])
-    return found
+    cases = {m[1]: int(m[2]) for m in re.finditer(r"^ran (.+) (\d+)$", done.stdout, re.M)}
+    found = []
+    for group, kernels in launches(done.stdout).items():
+        if word not in group:
+            continue
+        for tool in tools:
+            parts = max(1, min(PARTS.get(tool, 1), cases[group]))
+            for i in range(parts):
+                name = f"{group} {i + 1}/{parts}" if parts > 1 else group
+                more = ["--part", f"{i}/{parts}", f"={group}"]
+                found.append((tool, name, command + more, list(kernels)))
+    return sorted(found, key=lambda job: tools.index(job[0]))
 
 
 # ---- the table
 
 
 def verdict(results: list[Result], kernel: str) -> str:
-    """What a tool says of a kernel, over all groups: "clean", "3 reports", or why it is not known.
-
-    A group in which the tool died counts for a kernel by the run of that kernel alone.
+    """What a tool says of a kernel, over all processes: "clean", "3 reports", or why it is not
+    known; "clean in part" where the tool died in a process that may have launched it too.
     """
     seen = [r for r in results if kernel in r.kernels]
     if count := sum(r.of(kernel) for r in seen):
         return f"{count} reports"
+    dead = [r for r in seen if r.death]
     if not seen:
         return "NOT RUN"
-    alone = {r.program for r in seen if r.alone}
-    last = [r for r in seen if r.alone or r.program not in alone]
-    dead = [r for r in last if r.death]
-    if len(dead) == len(last):
+    if len(dead) == len(seen):
         return f"NOT CHECKED: {short(dead[0].death)}"
     return "clean in part" if dead else "clean"
 
@@ -300,9 +308,9 @@ def wrong(results: list[Result]) -> list[str]:
     lines = []
     for r in results:
         if count := r.ours if r.program == SMALL else len(r.found):
-            lines.append(f"{r.label}, {r.tool}: {count} reports")
+            lines.append(f"{r.program}, {r.tool}: {count} reports")
         elif r.code and not r.death:
-            lines.append(f"{r.label}, {r.tool}: ended with {r.code}")
+            lines.append(f"{r.program}, {r.tool}: ended with {r.code}")
     return lines
 
 
@@ -320,7 +328,7 @@ def arguments(argv: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--tools", default=",".join(TOOLS), help="over test_kernels")
     parser.add_argument("--torch-tools", default="memcheck,synccheck", help="over the ops")
-    parser.add_argument("--kernels", default="", help="only kernels whose name has this word")
+    parser.add_argument("--groups", default="", help="only groups whose name has this word")
     parser.add_argument("--native", type=Path, help="test_kernels (default: the newest build's)")
     parser.add_argument("--M", nargs="*", default=[], help="tokens of sanitize_small.py")
     parser.add_argument("--jobs", type=int, default=min(8, os.cpu_count() or 1))
@@ -338,23 +346,15 @@ def main(argv: list[str] | None = None) -> int:
     runner = Runner(find_tool(), args.limit, args.keep)
     tools, torch_tools = ([t for t in s.split(",") if t] for s in (args.tools, args.torch_tools))
     native = args.native or find_native()
-    groups = launched(str(native)) if native and tools else {}
-    wanted = {g: ks for g, ks in groups.items() if any(args.kernels in k for k in ks)}
+    jobs = plan(str(native), tools, args.groups) if native and tools else []
     small = [sys.executable, str(HERE / "sanitize_small.py")]
     small += ["--M", *args.M] if args.M else []
+    jobs = [(tool, SMALL, small, []) for tool in torch_tools] + jobs
     with ThreadPoolExecutor(args.jobs) as pool:
-        futures = [
-            pool.submit(lambda t=tool: [runner.run(t, SMALL, small, ())]) for tool in torch_tools
-        ]
-        futures += [
-            pool.submit(runner.group, tool, str(native), group, kernels)
-            for group, kernels in wanted.items()
-            for tool in tools
-        ]
-        results = [result for future in futures for result in future.result()]
-    if wanted:
-        kernels = [k for k in kernels_of_source() if args.kernels in k]
-        print(table(results, kernels, tools))
+        futures = [pool.submit(runner.run, *job) for job in jobs]
+        results = [future.result() for future in futures]
+    if native and tools:
+        print(table(results, kernels_of_source(), tools))
     elif tools:
         print("SKIPPED: tests/native is not built (cmake -DFASTPEFT_NATIVE_TESTS=ON)")
     faulty = wrong(results)

@@ -6,11 +6,16 @@ namespace native {
 
 inline int failures = 0, checks = 0;
 
-// `test_kernels --small` runs one case in `stride` of every group.
-inline int stride = 1, cases = 0;
+// Of every group's cases `test_kernels --small` runs one in `stride`, and `--part i/n` the i-th of
+// every n of those.
+inline int stride = 1, part = 0, parts = 1;
+inline int cases = 0, cases_run = 0;  // of the group
 
 inline bool is_left_out() {
-  return cases++ % stride != 0;
+  const int number = cases++;
+  if (number % stride != 0 || number / stride % parts != part) return true;
+  ++cases_run;
+  return false;
 }
 
 inline void check(bool ok, const std::string& what) {

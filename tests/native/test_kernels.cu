@@ -3,11 +3,12 @@
 // group, exits 1 on a failure. Codes, masks and dequantised values are compared bit for bit;
 // products by an error bound.
 //
-//   test_kernels [--small] [--bare] [--launches] [filter...]
+//   test_kernels [--small] [--part i/n] [--bare] [--launches] [filter...]
 //
 // filter: the groups whose name contains one of the words, or is "=word". --small: a sample of the
 // cases that still launches every kernel. --bare: buffers without guard and poison (host.h), for
-// the tools. --launches: after each group "launched <group>/<kernel> <count>".
+// the tools. --launches: after each group "ran <group> <cases>" and
+// "launched <group>/<kernel> <count>" lines.
 #include <cstring>
 #include <vector>
 
@@ -33,7 +34,7 @@ void group(const char* name, void (*body)(), int stride) {
   if (!is_wanted(name)) return;
   const int failed = failures, checked = checks;
   native::stride = is_small ? stride : 1;
-  cases = 0;
+  cases = cases_run = 0;
   launches.clear();
   try {
     body();
@@ -41,9 +42,11 @@ void group(const char* name, void (*body)(), int stride) {
     check(false, std::string(name) + ": " + e.what());
   }
   std::printf("%-14s %5d checks, %d failed\n", name, checks - checked, failures - failed);
-  if (lists_launches)
+  if (lists_launches) {
+    std::printf("ran %s %d\n", name, cases_run);
     for (const auto& [kernel, count] : launches)
       std::printf("launched %s/%s %d\n", name, kernel.c_str(), count);
+  }
   std::fflush(stdout);
 }
 
@@ -57,6 +60,8 @@ int main(int argc, char** argv) {
       native::is_bare = true;
     else if (std::strcmp(argv[i], "--launches") == 0)
       lists_launches = true;
+    else if (std::strcmp(argv[i], "--part") == 0 && i + 1 < argc)
+      std::sscanf(argv[++i], "%d/%d", &native::part, &native::parts);
     else
       filters.push_back(argv[i]);
   }
