@@ -168,7 +168,7 @@ struct Loader {
 
 template <class C>
 FASTPEFT_DEVICE void load_scales(const GemmArgs& a, const Place& at, int worker, float* map) {
-  using Producer = ScaleProducer<C::kDgrad, C::kRowGroups, C::kChunk>;
+  using Producer = ScaleProducer<bf16, C::kDgrad, C::kRowGroups, C::kChunk>;
   constexpr int kStep = C::kChunk * Producer::kUnit, kMapLoads = 3;
   static_assert(kMapLoads * 32 * kScaleWarps >= 256, "the dynamic map");
   const int end = at.begin + at.count, lane = threadIdx.x & 31;
@@ -186,7 +186,7 @@ FASTPEFT_DEVICE void load_scales(const GemmArgs& a, const Place& at, int worker,
   if (a.nested) {
 #pragma unroll
     for (int j = 0; j < kMapLoads; j++)
-      map[min((j * kScaleWarps + worker) * 32 + lane, 255)] = v[j] * (1.0f / kCodeGain);
+      map[min((j * kScaleWarps + worker) * 32 + lane, 255)] = v[j] * Producer::kFactor;
     named_barrier(2, 32 * kScaleWarps);
   }
   for (int i = worker * kStep; i < at.count; i += kScaleWarps * kStep) {
@@ -216,7 +216,7 @@ FASTPEFT_DEVICE void load_scales(const GemmArgs& a, const Place& at, int worker,
 // Byte -> pair of bf16 codes in shared memory, a copy a lane: entry e at e * 256 + 4 * lane, so
 // that the address is one byte permute and banks never collide.
 FASTPEFT_DEVICE void fill_table(uint32_t table, int thread, int threads) {
-  const Codebook codebook = make_codebook();
+  const Codebook codebook = make_codebook<bf16>();
   for (int i = thread; i < 512; i += threads) {
     uint32_t f[4];
     decode8<false>(uint32_t(i / 2), codebook, f);
@@ -259,7 +259,7 @@ FASTPEFT_DEVICE void multiply(const GemmArgs& a, const Place& at, int row, int r
   const int g = lane >> 2, t = lane & 3, pair = (g >> 1) + 4 * (g & 1);
   const uint32_t lane_table = opaque(at.table + lane * 4);
   Codebook codebook = {};
-  if constexpr (!C::kHasTable) codebook = make_codebook();
+  if constexpr (!C::kHasTable) codebook = make_codebook<bf16>();
   const uint32_t w_lane =
       opaque(at.base + (kDgrad ? (lane >> 3) * (512 * C::kRowGroups) + row_group * 512 +
                                      warp * 128 + (lane & 7) * 16
@@ -334,7 +334,7 @@ FASTPEFT_DEVICE void multiply(const GemmArgs& a, const Place& at, int row, int r
   if (at.has_lora && at.count % C::kTurns == turn) {
     wait_for_predecessor();
 #pragma unroll
-    for (int step = 0; step < 4; step++) load_lora<kDgrad>(a, row, step, t, f[step]);
+    for (int step = 0; step < 4; step++) load_lora<bf16, kDgrad>(a, row, step, t, f[step]);
     barrier_wait(at.full0 + 8 * stage, phase);
     const uint32_t x_stage = at.x0 + stage * C::kXBytes;
 #pragma unroll
@@ -396,8 +396,7 @@ FASTPEFT_DEVICE void finish(const GemmArgs& a, const Place& at, __nv_bfloat16* o
                         make_float4(acc[4 * i], acc[4 * i + 1], acc[4 * i + 2], acc[4 * i + 3]));
   wait_for_predecessor();  // before anything is written to memory
   float bias[2] = {0.0f, 0.0f};
-  if (a.bias && row < a.rows)
-    bias[0] = __bfloat162float(a.bias[row]), bias[1] = __bfloat162float(a.bias[row + 1]);
+  if (a.bias && row < a.rows) load_bias<bf16>(a, row, bias);
   named_barrier(1, 128 * C::kConsumers);
   if (!C::kHasTable && at.parts > 1) barrier_wait_cluster(at.free, 0);
   const int tiles = min(C::kTokenTiles, (a.M - at.token + 7) / 8);

@@ -1,4 +1,5 @@
-// NF4 x bf16 GEMM for Hopper (sm_90a), forward and input gradient from the same packed bytes.
+// NF4 x 16-bit (T = bf16, fp16) GEMM for Hopper (sm_90a), forward and input gradient from the same
+// packed bytes.
 //
 //   forward   y [M, N] = x [M, K]  W^T + bias + scaling * s B^T      output rows = n, reduction = k
 //   dgrad     dx[M, K] = dy[M, N] W    + ds A                        output rows = k, reduction = n
@@ -33,8 +34,9 @@ namespace {
 constexpr int kRows = 128, kThreads = 384;
 constexpr int kChunk = 4;  // k-blocks whose scales are asked for at a time
 
-template <bool kDgrad_, int kTokens_>
+template <class T, bool kDgrad_, int kTokens_>
 struct Config {
+  using Type = T;
   static constexpr bool kDgrad = kDgrad_;
   static constexpr int kTokens = kTokens_;
   static constexpr int kStages = kTokens == 256 ? 4 : 6;
@@ -103,7 +105,7 @@ FASTPEFT_DEVICE void load_scales(const GemmArgs& a, const CutSchedule& schedule,
 #pragma unroll
     for (int j = 0; j < 8; j++) v[j] = __ldg(a.nested + 1 + j * 32 + (threadIdx.x & 31));
   }
-  ScaleProducer<C::kDgrad, 2, kChunk> producer(a, map);
+  ScaleProducer<typename C::Type, C::kDgrad, 2, kChunk> producer(a, map);
   const uint32_t to = base + C::kSAt + producer.lane * 8;
   RawScales<kChunk> raw;
   Ring<C::kStages> ring(1);
@@ -114,7 +116,7 @@ FASTPEFT_DEVICE void load_scales(const GemmArgs& a, const CutSchedule& schedule,
       producer.load(kb, item.end, raw);
       if (a.nested && i == 0 && kb == item.begin) {
 #pragma unroll
-        for (int j = 0; j < 8; j++) map[j * 32 + producer.lane] = v[j] * (1.0f / kCodeGain);
+        for (int j = 0; j < 8; j++) map[j * 32 + producer.lane] = v[j] * producer.kFactor;
         __syncwarp();
       }
 #pragma unroll
@@ -142,10 +144,11 @@ FASTPEFT_DEVICE void load_scales(const GemmArgs& a, const CutSchedule& schedule,
 template <class C>
 FASTPEFT_DEVICE void consume(const Maps& maps, const GemmArgs& a, const CutSchedule& schedule,
                              uint32_t base, uint32_t full0, uint32_t empty0, uint32_t ready) {
+  using T = typename C::Type;
   constexpr bool kDgrad = C::kDgrad;
   const int cw = threadIdx.x / 128 - 1, warp = (threadIdx.x / 32) & 3, lane = threadIdx.x & 31;
   const int g = lane >> 2, t = lane & 3, pair = (g >> 1) + 4 * (g & 1);
-  const Codebook codebook = make_codebook();
+  const Codebook codebook = make_codebook<T>();
   // Offsets of this lane inside a stage.
   const uint32_t w_lane =
       opaque(base + C::kWAt +
@@ -197,12 +200,14 @@ FASTPEFT_DEVICE void consume(const Maps& maps, const GemmArgs& a, const CutSched
         }
         decode8<kDgrad>(w[step], codebook, f[step]);
 #pragma unroll
-        for (int e = 0; e < 4; e++) f[step][e] = mul_bf16x2(f[step][e], c[kDgrad ? e >> 1 : e & 1]);
+        for (int e = 0; e < 4; e++)
+          f[step][e] = Coding<T>::multiply(f[step][e], c[kDgrad ? e >> 1 : e & 1]);
         asm volatile(""
                      : "+r"(f[step][0]), "+r"(f[step][1]), "+r"(f[step][2]),
                        "+r"(f[step][3])::"memory");
         wgmma_fence();
-        WgmmaRS<C::kTokens>::mma(acc, f[step], desc + 2 * step, kb > item.begin || step > 0);
+        WgmmaRS<C::kTokens>::template mma<T>(acc, f[step], desc + 2 * step,
+                                             kb > item.begin || step > 0);
         wgmma_commit();
       }
       if (kb + 1 < item.end) fetch();  // behind the wgmmas in flight
@@ -212,7 +217,7 @@ FASTPEFT_DEVICE void consume(const Maps& maps, const GemmArgs& a, const CutSched
       wgmma_wait<0>();
       release(previous);
 #pragma unroll
-      for (int step = 0; step < 4; step++) load_lora<kDgrad>(a, row, step, t, f[step]);
+      for (int step = 0; step < 4; step++) load_lora<T, kDgrad>(a, row, step, t, f[step]);
       barrier_wait(full0 + 8 * ring.stage, ring.phase);
       const uint64_t desc = swizzled_descriptor(base + ring.stage * C::kXBytes);
 #pragma unroll
@@ -222,7 +227,7 @@ FASTPEFT_DEVICE void consume(const Maps& maps, const GemmArgs& a, const CutSched
                      : "+r"(f[step][0]), "+r"(f[step][1]), "+r"(f[step][2]),
                        "+r"(f[step][3])::"memory");
         wgmma_fence();
-        WgmmaRS<C::kTokens>::mma(acc, f[step], desc + 2 * step, 1);
+        WgmmaRS<C::kTokens>::template mma<T>(acc, f[step], desc + 2 * step, 1);
       }
       wgmma_commit();
       previous = ring.stage;
@@ -239,9 +244,8 @@ FASTPEFT_DEVICE void consume(const Maps& maps, const GemmArgs& a, const CutSched
     // what this block owns.
     constexpr int kGroups = C::kTokens / 64;
     auto mine = [&](int group) { return !item.shared || uint32_t(group * 2 / kGroups) == half; };
-    float b0 = 0.0f, b1 = 0.0f;
-    if (a.bias && row < a.rows)
-      b0 = __bfloat162float(a.bias[row]), b1 = __bfloat162float(a.bias[row + 1]);
+    float bias[2] = {0.0f, 0.0f};
+    if (a.bias && row < a.rows) load_bias<T>(a, row, bias);
     if ((threadIdx.x & 127) == 0) store_wait_read();
     named_barrier(1 + cw, 128);
     const uint32_t chunk = 2 * warp + (pair >> 2);
@@ -253,10 +257,10 @@ FASTPEFT_DEVICE void consume(const Maps& maps, const GemmArgs& a, const CutSched
 #pragma unroll
         for (int j = 8 * group; j < 8 * group + 8; j++) {
           asm volatile("st.shared.b32 [%0], %1;" ::"r"(e0 + j * 1024),
-                       "r"(pack_bf16(acc[4 * j] + b0, acc[4 * j + 2] + b1))
+                       "r"(pack_sums<T>(acc[4 * j], acc[4 * j + 2], bias[0], bias[1]))
                        : "memory");
           asm volatile("st.shared.b32 [%0], %1;" ::"r"(e1 + j * 1024),
-                       "r"(pack_bf16(acc[4 * j + 1] + b0, acc[4 * j + 3] + b1))
+                       "r"(pack_sums<T>(acc[4 * j + 1], acc[4 * j + 3], bias[0], bias[1]))
                        : "memory");
         }
       }
@@ -329,7 +333,7 @@ void launch(const GemmArgs& a, const Maps& maps, int sm_count, Stream stream) {
                 C::kShared, stream, 2, maps, a);
 }
 
-template <bool kDgrad>
+template <class T, bool kDgrad>
 void run(const WeightView& w, GemmArgs a, const void* x, const void* s, void* y, int tokens,
          Stream stream) {
   const int64_t reduction = kDgrad ? w.N : w.K;
@@ -345,21 +349,23 @@ void run(const WeightView& w, GemmArgs a, const void* x, const void* s, void* y,
   maps.s = a.R ? matrix_map(s, a.R, a.M, 64, box) : maps.x;
   const int sm_count = device_facts().sm_count;
   if (tokens == 256)
-    launch<Config<kDgrad, 256>>(a, maps, sm_count, stream);
+    launch<Config<T, kDgrad, 256>>(a, maps, sm_count, stream);
   else
-    launch<Config<kDgrad, 128>>(a, maps, sm_count, stream);
+    launch<Config<T, kDgrad, 128>>(a, maps, sm_count, stream);
 }
 
 }  // namespace
 
 void qlinear_wgmma_fwd(const QLinearFwdParams& p) {
   const GemmArgs a = gemm_args<false>(p.w, p.M, p.bias, p.lora_b, p.s ? p.R : 0, p.scaling);
-  run<false>(p.w, a, p.x, p.s, p.y, int(p.plan.tile_tokens), p.stream);
+  const auto f = p.dtype == DType::kFloat16 ? run<fp16, false> : run<bf16, false>;
+  f(p.w, a, p.x, p.s, p.y, int(p.plan.tile_tokens), p.stream);
 }
 
 void qlinear_wgmma_dgrad(const QLinearDgradParams& p) {
   const GemmArgs a = gemm_args<true>(p.w, p.M, nullptr, p.lora_a, p.ds ? p.R : 0, 1.0f);
-  run<true>(p.w, a, p.dy, p.ds, p.dx, int(p.plan.tile_tokens), p.stream);
+  const auto f = p.dtype == DType::kFloat16 ? run<fp16, true> : run<bf16, true>;
+  f(p.w, a, p.dy, p.ds, p.dx, int(p.plan.tile_tokens), p.stream);
 }
 
 }  // namespace fastpeft::cuda

@@ -5,11 +5,12 @@
 // Weight: tiled NF4 of csrc/core/formats.h, blocksize a multiple of 64, K % blocksize == 0.
 // ldmatrix on a 16x16 tile gives a lane the 8 nibbles of its m16k16 fragment with rows n,
 // ldmatrix.trans those with rows k. MMA rows g, g+8 of a lane are neighbouring outputs 2*pi(g),
-// 2*pi(g)+1. Scales: float32, or uint8 decoded here (map[q] * nested + offset), as
-// bf16(absmax / kCodeGain); the table holds bf16(code * kCodeGain). kCodeGain lowers the rms
-// rounding of the codes from 0.143 % to 0.085 % (searched over [1, 2)).
+// 2*pi(g)+1. T is bf16 or fp16: a weight is T(code * gain) * T(absmax * range / gain), rounded to
+// T, with scales float32, or uint8 decoded here (map[q] * nested + offset). What the numbers gain
+// and range are for: Coding.
 #pragma once
 #include "dependent_launch.cuh"
+#include "device/numbers.cuh"
 #include "device/sm90.cuh"
 #include "device/tensor_map.cuh"
 #include "device/tiles.cuh"
@@ -19,8 +20,37 @@
 
 namespace fastpeft::cuda {
 
-constexpr float kCodeGain = 1.43675f;
 constexpr int kBlockK = 64;  // reduction of a k-block
+
+// How a weight is written in T. kGain: the codes' rms rounding falls from 0.143 % to 0.085 % (bf16)
+// and from 0.0179 % to 0.0092 % (fp16), searched over [1, 2). kRange, undone in float32 behind the
+// sums: fp16 has normal numbers from 6.1e-5 to 65504, so weights are held 64 times as large, and
+// every nonzero one is normal where absmax is between 1.2e-5 and 1000 (trained layers: 1e-3 ...
+// 10); below, they round as weights in fp16 below 6.1e-5 do, above, they are infinite.
+template <class T>
+struct Coding;
+
+template <>
+struct Coding<bf16> {
+  static constexpr float kGain = 1.43675f, kRange = 1.0f;
+  static FASTPEFT_DEVICE uint32_t multiply(uint32_t a, uint32_t b) { return mul_bf16x2(a, b); }
+  static constexpr uint32_t bits(float v) {
+    const uint32_t u = __builtin_bit_cast(uint32_t, v);
+    return (u + 0x7fffu + ((u >> 16) & 1u)) >> 16;
+  }
+};
+
+template <>
+struct Coding<fp16> {
+  static constexpr float kGain = 1.36617f, kRange = 64.0f;
+  static FASTPEFT_DEVICE uint32_t multiply(uint32_t a, uint32_t b) { return mul_fp16x2(a, b); }
+  static constexpr uint32_t bits(float v) {  // of zero, or where fp16 is normal
+    const uint32_t u = __builtin_bit_cast(uint32_t, v), size = u & 0x7fffffffu;
+    return size == 0
+               ? 0u
+               : (u >> 31 << 15) | (((size + 0x0fffu + ((u >> 13) & 1u)) >> 13) - (112u << 10));
+  }
+};
 
 struct GemmArgs {
   int M = 0;                     // tokens
@@ -32,35 +62,33 @@ struct GemmArgs {
   int kblocks = 0;               // reduction / 64
   int tiles_r = 0, tiles_t = 0;  // the wide kernel's tiles over rows and tokens
   int x_bytes = 0;  // of a stage of x: few tokens fill only part, the rest is never stored
-  const void* scales = nullptr;         // [scale_columns][padded_n] float32, or uint8 with nested
-  const float* nested = nullptr;        // [257 + groups]
-  const __nv_bfloat16* bias = nullptr;  // [rows] or null
-  const __nv_bfloat16* lora = nullptr;  // forward: B [N, R]; dgrad: A [R, K]
+  const void* scales = nullptr;   // [scale_columns][padded_n] float32, or uint8 with nested
+  const float* nested = nullptr;  // [257 + groups]
+  const void* bias = nullptr;     // T [rows] or null
+  const void* lora = nullptr;     // T, forward: B [N, R]; dgrad: A [R, K]
   int R = 0;
   float scaling = 1.0f;  // forward only; ds carries it in dgrad
 };
 
-// The 16 bf16 codes as byte tables in 8 registers: low and high bytes, negative and positive half.
+// The 16 codes in T as byte tables in 8 registers: low and high bytes, negative and positive half.
 struct Codebook {
   uint32_t low_neg[2], low_pos[2], high_neg[2], high_pos[2];
 };
 
-__host__ __device__ constexpr uint32_t bf16_bits(float v) {
-  const uint32_t u = __builtin_bit_cast(uint32_t, v);
-  return (u + 0x7fffu + ((u >> 16) & 1u)) >> 16;
-}
+template <class T>
 __host__ __device__ constexpr uint32_t code_bytes(int first, int shift) {
   uint32_t r = 0;
   for (int i = 0; i < 4; i++)
-    r |= ((bf16_bits(kNf4Code[first + i] * kCodeGain) >> shift) & 0xffu) << (8 * i);
+    r |= ((Coding<T>::bits(kNf4Code[first + i] * Coding<T>::kGain) >> shift) & 0xffu) << (8 * i);
   return r;
 }
 
+template <class T>
 FASTPEFT_DEVICE Codebook make_codebook() {
-  constexpr uint32_t a = code_bytes(0, 0), b = code_bytes(4, 0), c = code_bytes(8, 0),
-                     d = code_bytes(12, 0);
-  constexpr uint32_t e = code_bytes(0, 8), f = code_bytes(4, 8), g = code_bytes(8, 8),
-                     h = code_bytes(12, 8);
+  constexpr uint32_t a = code_bytes<T>(0, 0), b = code_bytes<T>(4, 0), c = code_bytes<T>(8, 0),
+                     d = code_bytes<T>(12, 0);
+  constexpr uint32_t e = code_bytes<T>(0, 8), f = code_bytes<T>(4, 8), g = code_bytes<T>(8, 8),
+                     h = code_bytes<T>(12, 8);
   return {{opaque_constant(a), opaque_constant(b)},
           {opaque_constant(c), opaque_constant(d)},
           {opaque_constant(e), opaque_constant(f)},
@@ -94,18 +122,19 @@ struct RawScales {
   uint32_t codes[kChunk];
 };
 
-// A warp turns 128 scales at a time, a unit, into bf16(absmax / kCodeGain) in the stage: with two
+// A warp turns 128 scales at a time, a unit, into T(absmax * range / gain) in the stage: with two
 // row groups of 64 in a tile the unit is one k-block (forward 128 rows of it, dgrad its 64 rows of
 // two columns), with one row group it is two k-blocks. It shares an issue port with consumer warps
 // and the card is power-limited, so its instructions are counted: loads are asked for kChunk units
 // at a time (the ring hides one memory latency a chunk), and the gain is folded into map and
 // offset, which leaves one FMA a scale; against the exact two roundings that moves a scale by 2^-24
-// before it is rounded to bf16.
-template <bool kDgrad, int kRowGroups, int kChunk>
+// before it is rounded to T.
+template <class T, bool kDgrad, int kRowGroups, int kChunk>
 struct ScaleProducer {
   static constexpr int kUnit = 3 - kRowGroups;  // k-blocks
+  static constexpr float kFactor = Coding<T>::kRange / Coding<T>::kGain;
   const GemmArgs& a;
-  const float* map;  // map / kCodeGain, in shared memory
+  const float* map;  // map * kFactor, in shared memory
   const int lane;
   int first_row = 0;
   float offset = 0.0f;
@@ -115,7 +144,7 @@ struct ScaleProducer {
 
   FASTPEFT_DEVICE ScaleProducer(const GemmArgs& args, const float* shared_map)
       : a(args), map(shared_map), lane(threadIdx.x & 31) {
-    if (a.nested) offset = __ldg(a.nested) * (1.0f / kCodeGain);
+    if (a.nested) offset = __ldg(a.nested) * kFactor;
     has_fixed_groups = !kDgrad && a.nested && 256 % a.scale_columns == 0;
     has_shared_group = 64 % a.scale_columns == 0;
   }
@@ -181,46 +210,63 @@ struct ScaleProducer {
     const float4 v = has_fixed_groups ? fixed : raw.values[j];
     const uint32_t codes = raw.codes[j];
     if (!a.nested) {
-      constexpr float inverse = 1.0f / kCodeGain;
-      return make_uint2(pack_bf16(v.x * inverse, v.y * inverse),
-                        pack_bf16(v.z * inverse, v.w * inverse));
+      return make_uint2(pack_pair<T>(v.x * kFactor, v.y * kFactor),
+                        pack_pair<T>(v.z * kFactor, v.w * kFactor));
     }
     const float s0 = fmaf(map[codes & 255], v.x, offset),
                 s1 = fmaf(map[(codes >> 8) & 255], v.y, offset);
     const float s2 = fmaf(map[(codes >> 16) & 255], v.z, offset),
                 s3 = fmaf(map[codes >> 24], v.w, offset);
-    return make_uint2(pack_bf16(s0, s1), pack_bf16(s2, s3));
+    return make_uint2(pack_pair<T>(s0, s1), pack_pair<T>(s2, s3));
   }
 };
 
-// Fragment of k16 step `step` of the output rows' low-rank factor: forward scaling * B, dgrad A^T.
-template <bool kDgrad>
+// Fragment of k16 step `step` of the output rows' low-rank factor, times range: forward scaling *
+// B, dgrad A^T.
+template <class T, bool kDgrad>
 FASTPEFT_DEVICE void load_lora(const GemmArgs& a, int row, int step, int t, uint32_t (&f)[4]) {
+  const T* factor = static_cast<const T*>(a.lora);
+  const float scale = (kDgrad ? 1.0f : a.scaling) * Coding<T>::kRange;
 #pragma unroll
   for (int i = 0; i < 2; i++) {
     const int r = step * 16 + 2 * (t + 4 * i);
     uint32_t even = 0, odd = 0;  // rank pair of rows `row`, `row + 1`
     if (row < a.rows && r < a.R) {
+      const auto pair_at = [&](size_t place) {
+        return __ldg(reinterpret_cast<const uint32_t*>(factor + place));
+      };
       if (kDgrad) {
-        const uint32_t v0 =
-            __ldg(reinterpret_cast<const uint32_t*>(a.lora + size_t(r) * a.rows + row));
-        const uint32_t v1 =
-            __ldg(reinterpret_cast<const uint32_t*>(a.lora + size_t(r + 1) * a.rows + row));
+        const uint32_t v0 = pair_at(size_t(r) * a.rows + row);
+        const uint32_t v1 = pair_at(size_t(r + 1) * a.rows + row);
         even = permute_bytes(v0, v1, 0x5410);
         odd = permute_bytes(v0, v1, 0x7632);
       } else {
-        auto scaled = [&](int n) {
-          const __nv_bfloat162 v =
-              *reinterpret_cast<const __nv_bfloat162*>(a.lora + size_t(n) * a.R + r);
-          return pack_bf16(__low2float(v) * a.scaling, __high2float(v) * a.scaling);
-        };
-        even = scaled(row);
-        odd = scaled(row + 1);
+        even = pair_at(size_t(row) * a.R + r);
+        odd = pair_at(size_t(row + 1) * a.R + r);
+      }
+      if (!kDgrad || Coding<T>::kRange != 1.0f) {
+        const float2 u = unpack_pair<T>(even), v = unpack_pair<T>(odd);
+        even = pack_pair<T>(u.x * scale, u.y * scale);
+        odd = pack_pair<T>(v.x * scale, v.y * scale);
       }
     }
     f[2 * i] = even;
     f[2 * i + 1] = odd;
   }
+}
+
+// Of output rows `row`, `row + 1`.
+template <class T>
+FASTPEFT_DEVICE void load_bias(const GemmArgs& a, int row, float (&bias)[2]) {
+  const T* from = static_cast<const T*>(a.bias) + row;
+  bias[0] = to_acc(from[0]), bias[1] = to_acc(from[1]);
+}
+
+// Two sums as they are stored.
+template <class T>
+FASTPEFT_DEVICE uint32_t pack_sums(float low, float high, float low_bias, float high_bias) {
+  constexpr float kUndo = 1.0f / Coding<T>::kRange;
+  return pack_pair<T>(fmaf(low, kUndo, low_bias), fmaf(high, kUndo, high_bias));
 }
 
 // Arguments of a launch over the output rows `rows` (N forward, K dgrad).
@@ -237,8 +283,8 @@ GemmArgs gemm_args(const WeightView& w, int64_t M, const void* bias, const void*
   a.kblocks = int(ceil_div<int64_t>(kDgrad ? w.N : w.K, kBlockK));
   a.scales = w.scales;
   a.nested = w.nested;
-  a.bias = static_cast<const __nv_bfloat16*>(bias);
-  a.lora = static_cast<const __nv_bfloat16*>(lora);
+  a.bias = bias;
+  a.lora = lora;
   a.R = int(R);
   a.scaling = scaling;
   return a;

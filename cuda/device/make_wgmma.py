@@ -1,15 +1,15 @@
-"""Writes wgmma.cuh: wgmma m64nNk16, A (bf16) from registers, B from shared memory, float32 sums;
-wgmma_shared.cuh: A and B from shared memory, int8 or 16 bit, sums as bits; and wgmma_ss.cuh: the
-same for bf16 with A in either order.
+"""Writes wgmma.cuh: wgmma m64nNk16, A (bf16 or fp16) from registers, B from shared memory, float32
+sums; wgmma_shared.cuh: A and B from shared memory, int8 or 16 bit, sums as bits; and wgmma_ss.cuh:
+the same for bf16 with A in either order.
 """
 
 from pathlib import Path
 
 HEAD = """// Written by make_wgmma.py: change that, not this.
-// wgmma m64nNk16 with A (bf16) from registers and B (K-major, swizzled) from shared memory; float32
-// d = a . b + (accumulate ? d : 0).
+// wgmma m64nNk16 with A from registers and B (K-major, swizzled) from shared memory, both bf16 or
+// fp16; float32 d = a . b + (accumulate ? d : 0).
 #pragma once
-#include <cstdint>
+#include "numbers.cuh"
 
 namespace fastpeft::cuda {
 
@@ -19,31 +19,40 @@ struct WgmmaRS;
 BODY = """
 template <>
 struct WgmmaRS<{n}> {{
+  template <class T = bf16>
   static __device__ __forceinline__ void mma(float (&d)[{regs}], const uint32_t (&a)[4],
                                              uint64_t b_desc, int accumulate) {{
-    asm volatile(
-        "{{\\n.reg .pred p;\\nsetp.ne.b32 p, %{flag}, 0;\\n"
-        "wgmma.mma_async.sync.aligned.m64n{n}k16.f32.bf16.bf16 "
-        "{{{d}}}, "
-        "{{{a}}}, %{desc}, p, 1, 1, 0;\\n}}\\n"
-        : {outs}
-        : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b_desc), "r"(accumulate));
+    if constexpr (std::is_same_v<T, fp16>) {{{fp16}
+    }} else {{{bf16}
+    }}
   }}
 }};
 """
+MMA = """
+      asm volatile(
+          "{{\\n.reg .pred p;\\nsetp.ne.b32 p, %{flag}, 0;\\n"
+          "wgmma.mma_async.sync.aligned.m64n{n}k16.f32.{type}.{type} "
+          "{{{d}}}, "
+          "{{{a}}}, %{desc}, p, 1, 1, 0;\\n}}\\n"
+          : {outs}
+          : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b_desc), "r"(accumulate));"""
 
 
-def instruction(n: int) -> str:
+def mma(n: int, kind: str) -> str:
     regs = n // 2
-    return BODY.format(
+    return MMA.format(
         n=n,
-        regs=regs,
+        type=kind,
         d=", ".join(f"%{i}" for i in range(regs)),
         a=", ".join(f"%{regs + i}" for i in range(4)),
         desc=regs + 4,
         flag=regs + 5,
         outs=", ".join(f'"+f"(d[{i}])' for i in range(regs)),
     )
+
+
+def instruction(n: int) -> str:
+    return BODY.format(n=n, regs=n // 2, fp16=mma(n, "f16"), bf16=mma(n, "bf16"))
 
 
 SHARED_HEAD = """// Written by make_wgmma.py: change that, not this.

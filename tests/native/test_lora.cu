@@ -286,7 +286,11 @@ void test_lora_type() {
   test_shrink<T>(1200, 328, 13, 0.0f, true);
   test_shrink<T>(1200, 136, 64, 0.0f, false);
   test_wgrad<T, float>(2100, 136, 72, 16, 0.25f);
+  // One pass over dy and x: several steps and column groups; ragged everywhere.
   test_wgrad<T, float>(2077, 520, 40, 8, 0.0f);
+  test_wgrad<T, float>(2300, 1504, 2056, 13, 0.0f);
+  test_wgrad<T, T>(5003, 1032, 136, 16, 0.0f);
+  test_wgrad<T, float>(5003, 136, 1032, 4, 0.25f);
 }
 
 }  // namespace
