@@ -1,5 +1,5 @@
-// NF4 x bf16 linear layer for up to 128 tokens on Hopper (sm_90a), forward and input gradient from
-// the same packed bytes.
+// NF4 linear layer in bf16 and fp16 for up to 128 tokens (512 where it wins) on Hopper (sm_90a),
+// forward and input gradient from the same packed bytes.
 //
 //   forward   y [M, N] = x [M, K]  W^T + bias + scaling * s B^T      output rows = n, reduction = k
 //   dgrad     dx[M, K] = dy[M, N] W    + ds A                        output rows = k, reduction = n
@@ -20,9 +20,11 @@
 // Warpgroup 0 produces: warp 0 TMA, warps 1 ... 3 scales. Programmatic dependent launch: codes and
 // scales of the first stages are asked for before the wait, activations after it.
 //
-// Bound: decode, 78 half-rate integer instructions per 1024 weights and warp: 26 weights a clock
-// and multiprocessor (14336 x 4096: 10 us at 1.75 GHz on all multiprocessors); below it codes from
-// memory (7.4 us), and x through L2: every tile reads all tokens.
+// Bound: up to 64 tokens latency and issue of decoding, 83 instructions (106 in the gradient) per
+// 1024 weights and warp, 36 weights a clock and multiprocessor with 64 rows (14336 x 4096: 7.4 us
+// at 1.75 GHz on all multiprocessors, as much as reading the codes takes); 128 tokens: with 128
+// rows the tensor cores, 512 clocks a k-block (measured 560), with 64 rows x through L2 (16 KB a
+// k-block, 48 bytes a clock). Start and end of a block cost 3200 + 900 clocks.
 #include <algorithm>
 
 #include "qlinear_wgmma.cuh"
@@ -32,28 +34,32 @@ namespace fastpeft::cuda {
 namespace {
 
 constexpr int kScaleWarps = 3;
-
 constexpr int kEntryStride = 256, kTableBytes = 256 * kEntryStride;
 // Addresses in shared memory: the table starts at a multiple of its size, so that a byte permute
 // makes whole addresses; stages of x behind it, everything else before it. Bits 24 and up of an
 // address are the block's rank in its cluster.
 constexpr uint32_t kTableAt = 65536, kXAt = kTableAt + kTableBytes;
 
-template <bool kDgrad_, int kRowGroups_, int kTokens_>
+template <class T_, bool kDgrad_, int kRowGroups_, int kTokens_>
 struct Narrow {
+  using T = T_;  // of activations, low-rank factors, bias and weights in registers
   static constexpr bool kDgrad = kDgrad_;
   static constexpr int kTokens = kTokens_, kRowGroups = kRowGroups_, kRows = 64 * kRowGroups;
-  // 128 tokens: registers for the sums leave room for three warpgroups, stages of x none for the
-  // table; the tensor cores need longer than decoding by permutes.
-  static constexpr bool kIsFull = kTokens == 128, kHasTable = !kIsFull;
-  static constexpr int kConsumers = kIsFull ? 3 : 4, kThreads = 128 * (kConsumers + 1);
-  static constexpr int kProducerRegisters = kIsFull ? 56 : 64;
-  static constexpr int kConsumerRegisters = kIsFull ? 152 : 104;
+  // 128 tokens: registers for the sums of 64 rows leave room for three warpgroups; with 128 rows
+  // for four (all but 32 of the producers' registers), and the stages of x are six beside the
+  // table.
+  static constexpr bool kIsFull = kTokens == 128, kIsLow = kRowGroups == 1;
+  static constexpr bool kHasTable = !kIsFull || !kIsLow;
+  static constexpr int kConsumers = kIsFull && kIsLow ? 3 : 4, kThreads = 128 * (kConsumers + 1);
+  static constexpr int kProducerRegisters = !kIsFull ? 64 : kIsLow ? 56 : 32;
+  static constexpr int kConsumerRegisters = !kIsFull ? 104 : kIsLow ? 152 : 112;
   static constexpr int kTurns = kConsumers / kRowGroups;  // warpgroups that share rows
   static constexpr int kXBytes = kTokens * kBlockK * 2, kWBytes = kRows * kBlockK / 2,
                        kSBytes = kRows * 2;
-  static constexpr int kStages = 12;
-  static constexpr int kChunk = 2;  // units of scales asked for at a time
+  static constexpr int kStages = kIsFull && kHasTable ? 6 : kIsLow && kTokens <= 32 ? 24 : 12;
+  static constexpr int kEarly = kStages < 12 ? kStages : 12;  // asked for before anything else
+  static constexpr int kChunk =
+      kIsFull && kHasTable ? 1 : 2;  // units of scales asked for at a time
   static constexpr int kTokenTiles = kTokens / 8;
   // From the start of dynamic shared memory, rounded up to 1024.
   static constexpr int kSAt = kStages * kWBytes;
@@ -61,20 +67,25 @@ struct Narrow {
   static constexpr int kBarAt = kMapAt + 1024;
   static constexpr int kBarEnd = (kBarAt + 16 * kStages + 16 + 127) / 128 * 128;
   static constexpr int kXOffset = (kBarEnd + 1023) / 1024 * 1024;  // without a table
-  static constexpr int kPartialBytes = kConsumers * 64 * kTokens * 4;
+  // With two turns each warpgroup stores what the other adds up, and keeps its own in registers.
+  static constexpr int kPartialBytes = kConsumers * 64 * kTokens * (kTurns == 2 ? 2 : 4);
+  static constexpr int kTileBytes = 8 * kRows * 4;  // sums of 8 tokens
   // Sums from other blocks: a place of their own, or behind the partial sums in the stages of x.
-  static constexpr int kReceiveAt = kHasTable ? kBarEnd : kXOffset + kPartialBytes;
-  static constexpr int kReceiveBytes = kRowGroups == 1 ? std::max(kTokenTiles, 8) * 2048 : 0;
+  static constexpr bool kReceivesInRing = !kHasTable || !kIsLow;
+  static constexpr int kReceiveAt = kReceivesInRing ? kPartialBytes : kBarEnd;
+  static constexpr int kMaxParts = kIsLow ? 4 : kIsFull ? 2 : 1;
+  static constexpr int kReceiveBytes =
+      (kTokenTiles + kMaxParts - 1) / kMaxParts * (kMaxParts - 1) * kTileBytes;
   static constexpr int kShared = (kHasTable ? int(kXAt) : kXOffset + 1024) + kStages * kXBytes;
-  static_assert(!kHasTable || kReceiveAt + kReceiveBytes + 2048 <= int(kTableAt),
+  static_assert(!kHasTable ||
+                    kBarEnd + (kReceivesInRing ? 0 : kReceiveBytes) + 2048 <= int(kTableAt),
                 "fits below the table");
-  static_assert(kHasTable || kPartialBytes + kReceiveBytes <= kStages * kXBytes,
+  static_assert(kPartialBytes + (kReceivesInRing ? kReceiveBytes : 0) <= kStages * kXBytes,
                 "sums fit into the stages of x");
   static_assert(kShared <= 232448, "shared memory of sm_90");
   static_assert(kStages % kTurns == 0, "a warpgroup meets the same stages in every round");
   static_assert(kStages % (kScaleWarps * kChunk * (3 - kRowGroups)) == 0,
                 "a scale warp meets the same stages in every round");
-  static_assert(kStages * kXBytes >= kPartialBytes, "the partial sums reuse the stages of x");
 };
 
 struct NarrowMaps {
@@ -86,36 +97,31 @@ struct Place {
   uint32_t base, full0, empty0, table, x0;
   uint32_t ready;             // the other blocks' sums have come
   uint32_t free;              // the other blocks are done with their stages
-  uint32_t peer_empty0;       // in a pair: the other block's
   int rank, row_tile, token;  // rank in the cluster
-  int parts;                  // blocks that share the reduction
-  bool is_pair;               // two row tiles that share x
+  int parts, parts_shift;     // blocks that share the reduction: a power of two
   int begin, count;           // k-blocks
   bool has_lora;
 
-  // Grid: x = blocks of a cluster, y = row tiles (pairs of them), z = token tiles.
-  FASTPEFT_DEVICE Place(const GemmArgs& a, int split, int each) {
-    is_pair = split == 0;
-    parts = max(split, 1);
-    rank = blockIdx.x;
-    row_tile = is_pair ? blockIdx.y * 2 + rank : blockIdx.y;
-    const int part = is_pair ? 0 : rank;
-    begin = part * each;
+  // Grid: x = blocks of a cluster, y = row tiles, z = token tiles.
+  FASTPEFT_DEVICE Place(const GemmArgs& a, int split, int each)
+      : rank(blockIdx.x), row_tile(blockIdx.y), parts(split) {
+    parts_shift = 31 - __clz(split);
+    begin = rank * each;
     count = max(min(each, a.kblocks - begin), 0);
-    has_lora = a.R > 0 && part == parts - 1;
+    has_lora = a.R > 0 && rank == parts - 1;
   }
+  FASTPEFT_DEVICE int owner(int tile) const { return tile & (parts - 1); }
   // Of the token tiles that this block stores, from the other blocks.
-  FASTPEFT_DEVICE int received_bytes(const GemmArgs& a, int token_tiles) const {
+  FASTPEFT_DEVICE int received_bytes(const GemmArgs& a, int token_tiles, int tile_bytes) const {
     const int tiles = min(token_tiles, (a.M - token + 7) / 8);
-    return (tiles + parts - 1 - rank) / parts * (parts - 1) * 2048;
+    return ((tiles + parts - 1 - rank) >> parts_shift) * (parts - 1) * tile_bytes;
   }
   // Barriers are initialised (and fenced), the table is filled.
   template <int kThreads>
   FASTPEFT_DEVICE void sync() const {
-    const bool is_cluster = is_pair || parts > 1;
-    if (is_cluster) cluster_arrive_relaxed();
+    if (parts > 1) cluster_arrive_relaxed();
     named_barrier(3, kThreads);  // called from the code of every role
-    if (is_cluster) cluster_sync_wait();
+    if (parts > 1) cluster_sync_wait();
   }
 };
 
@@ -136,19 +142,16 @@ struct Loader {
   }
   FASTPEFT_DEVICE void x(int i, int stage) const {
     const uint32_t full = at.full0 + 8 * stage, to = at.x0 + stage * C::kXBytes;
-    const int k = (at.begin + i) * kBlockK;
-    if (at.is_pair) {  // each block brings half of the tokens to both
-      const int half = a.x_bytes / 2;
-      tma_multicast_2d(to + at.rank * half, &maps.x, full, k,
-                       at.token + at.rank * (half / (kBlockK * 2)), kBoth);
-    } else {
-      tma_load_2d(to, &maps.x, full, k, at.token);
-    }
+    tma_load_2d(to, &maps.x, full, (at.begin + i) * kBlockK, at.token);
   }
   // After w() of the first stages.
   FASTPEFT_DEVICE void run() const {
     const int first = min(C::kStages, at.count);
-    for (int i = 0; i < first; i++) x(i, i);
+#pragma unroll 1
+    for (int i = 0; i < first; i++) {
+      if (i >= C::kEarly) w(i, i);
+      x(i, i);
+    }
     Ring<C::kStages> ring(1);
     ring.stage = first == C::kStages ? 0 : first;
     if (first == C::kStages) ring.phase = 0;
@@ -168,12 +171,14 @@ struct Loader {
 
 template <class C>
 FASTPEFT_DEVICE void load_scales(const GemmArgs& a, const Place& at, int worker, float* map) {
-  using Producer = ScaleProducer<bf16, C::kDgrad, C::kRowGroups, C::kChunk>;
+  using Producer = ScaleProducer<typename C::T, C::kDgrad, C::kRowGroups, C::kChunk>;
   constexpr int kStep = C::kChunk * Producer::kUnit, kMapLoads = 3;
   static_assert(kMapLoads * 32 * kScaleWarps >= 256, "the dynamic map");
   const int end = at.begin + at.count, lane = threadIdx.x & 31;
-  float v[kMapLoads];  // everything is asked for before anything is used
+  // Everything is asked for before anything is used.
+  float v[kMapLoads], offset = 0.0f;
   if (a.nested) {
+    offset = __ldg(a.nested);
 #pragma unroll
     for (int j = 0; j < kMapLoads; j++)
       v[j] = __ldg(a.nested + 1 + min((j * kScaleWarps + worker) * 32 + lane, 255));
@@ -183,6 +188,8 @@ FASTPEFT_DEVICE void load_scales(const GemmArgs& a, const Place& at, int worker,
   RawScales<C::kChunk> raw;
   producer.load(at.begin + min(worker * kStep, at.count - 1), end, raw);
   at.template sync<C::kThreads>();
+  asm volatile("" : "+f"(v[0]), "+f"(v[1]), "+f"(v[2]), "+f"(offset));  // not waited for above
+  producer.offset = offset * Producer::kFactor;
   if (a.nested) {
 #pragma unroll
     for (int j = 0; j < kMapLoads; j++)
@@ -200,11 +207,22 @@ FASTPEFT_DEVICE void load_scales(const GemmArgs& a, const Place& at, int worker,
       const int stage = mine % C::kStages, phase = (mine / C::kStages + 1) & 1;
       if (mine < at.count) {
         barrier_wait(at.empty0 + 8 * stage, phase);
-        const int place = Producer::kUnit == 2 ? lane % 16 : lane;
-        asm volatile("st.shared.v2.b32 [%0], {%1, %2};" ::"r"(at.base + C::kSAt +
-                                                              stage * C::kSBytes + place * 8),
-                     "r"(packed.x), "r"(packed.y)
-                     : "memory");
+        // Forward: rows in order. Gradient: pair q of n at t = q % 4, then q / 4, the order in
+        // which a lane of wgmma's fragment wants them.
+        const uint32_t s_stage = at.base + C::kSAt + stage * C::kSBytes;
+        if (C::kDgrad) {
+          const int p = lane & 15;
+          const uint32_t to =
+              s_stage + (Producer::kUnit == 2 ? 0 : lane / 16 * 128) + (p & 1) * 64 + p / 2 * 4;
+          asm volatile("st.shared.b32 [%0], %1;\nst.shared.b32 [%0 + 32], %2;" ::"r"(to),
+                       "r"(packed.x), "r"(packed.y)
+                       : "memory");
+        } else {
+          asm volatile("st.shared.v2.b32 [%0], {%1, %2};" ::"r"(
+                           s_stage + (Producer::kUnit == 2 ? lane % 16 : lane) * 8),
+                       "r"(packed.x), "r"(packed.y)
+                       : "memory");
+        }
       }
       __syncwarp();
       if (mine < at.count && lane % (32 / Producer::kUnit) == 0)
@@ -215,18 +233,23 @@ FASTPEFT_DEVICE void load_scales(const GemmArgs& a, const Place& at, int worker,
 
 // Byte -> pair of bf16 codes in shared memory, a copy a lane: entry e at e * 256 + 4 * lane, so
 // that the address is one byte permute and banks never collide.
-FASTPEFT_DEVICE void fill_table(uint32_t table, int thread, int threads) {
-  const Codebook codebook = make_codebook<bf16>();
-  for (int i = thread; i < 512; i += threads) {
-    uint32_t f[4];
-    decode8<false>(uint32_t(i / 2), codebook, f);
+template <class T>
+FASTPEFT_DEVICE void fill_table(uint32_t table, int thread) {  // half an entry
+  const int entry = thread / 2;
+  uint32_t f[4];
+  decode8<false>(uint32_t(entry), make_codebook<T>(), f);
 #pragma unroll
-    for (int q = 0; q < 4; q++)
-      asm volatile("st.shared.v4.b32 [%0], {%1, %1, %1, %1};" ::"r"(
-                       table + i / 2 * kEntryStride + (i & 1) * 64 + ((q + i / 2) & 3) * 16),
-                   "r"(f[0])
-                   : "memory");
-  }
+  for (int q = 0; q < 4; q++)
+    asm volatile("st.shared.v4.b32 [%0], {%1, %1, %1, %1};" ::"r"(
+                     table + entry * kEntryStride + (thread & 1) * 64 + ((q + entry) & 3) * 16),
+                 "r"(f[0])
+                 : "memory");
+}
+
+FASTPEFT_DEVICE void load_shared_u32x4(uint32_t from, uint32_t (&v)[4]) {
+  asm volatile("ld.shared.v4.b32 {%0, %1, %2, %3}, [%4];"
+               : "=r"(v[0]), "=r"(v[1]), "=r"(v[2]), "=r"(v[3])
+               : "r"(from));
 }
 
 template <int kByte>
@@ -248,10 +271,18 @@ FASTPEFT_DEVICE void lookup8(uint32_t w, uint32_t lane_table, uint32_t (&f)[4]) 
   f[3] = lookup_pair<3>(w, lane_table);
 }
 
+// Low word of swizzled_descriptor(at) -> descriptor: a stage or a step further is one addition.
+FASTPEFT_DEVICE uint64_t stage_descriptor(uint32_t low) {
+  uint64_t d;
+  asm("mov.b64 %0, {%1, %2};" : "=l"(d) : "r"(low), "r"(uint32_t(swizzled_descriptor(0) >> 32)));
+  return d;
+}
+
 // The sums of this warpgroup's 64 rows over its k-blocks.
 template <class C>
 FASTPEFT_DEVICE void multiply(const GemmArgs& a, const Place& at, int row, int row_group, int turn,
                               float (&acc)[C::kTokens / 2]) {
+  using T = typename C::T;
   constexpr bool kDgrad = C::kDgrad;
   constexpr int kGroup = 2;  // k16 steps a wgmma group
 
@@ -259,84 +290,89 @@ FASTPEFT_DEVICE void multiply(const GemmArgs& a, const Place& at, int row, int r
   const int g = lane >> 2, t = lane & 3, pair = (g >> 1) + 4 * (g & 1);
   const uint32_t lane_table = opaque(at.table + lane * 4);
   Codebook codebook = {};
-  if constexpr (!C::kHasTable) codebook = make_codebook<bf16>();
-  const uint32_t w_lane =
-      opaque(at.base + (kDgrad ? (lane >> 3) * (512 * C::kRowGroups) + row_group * 512 +
-                                     warp * 128 + (lane & 7) * 16
-                               : (row_group * 4 + warp) * 512 + lane * 16));
-  const uint32_t s_lane =
-      opaque(at.base + C::kSAt +
-             (kDgrad ? (row_group * 64 + 2 * t) * 2 : (row_group * 64 + warp * 16 + 2 * pair) * 2));
-  const auto release = [&](int stage) {
-    if (lane == 0) barrier_arrive(at.empty0 + 8 * stage);
-    if (lane == 1 && at.is_pair) barrier_arrive_peer(at.peer_empty0 + 8 * stage);
-  };
+  if constexpr (!C::kHasTable) codebook = make_codebook<T>();
+  const uint32_t w_lane = opaque(
+      at.base + turn * C::kWBytes +
+      (kDgrad ? (lane >> 3) * (512 * C::kRowGroups) + row_group * 512 + warp * 128 + (lane & 7) * 16
+              : (row_group * 4 + warp) * 512 + lane * 16));
+  const uint32_t s_lane = opaque(at.base + C::kSAt + turn * C::kSBytes + row_group * 128 +
+                                 (kDgrad ? t * 32 : (warp * 16 + 2 * pair) * 2));
+  const uint32_t x_lane = uint32_t(swizzled_descriptor(at.x0 + turn * C::kXBytes));
 #pragma unroll
   for (int e = 0; e < C::kTokens / 2; e++) acc[e] = 0.0f;
-  int stage = turn;
+  constexpr int kPer = C::kStages / C::kTurns;  // stages that this warpgroup meets in a round
   uint32_t phase = 0;
-  uint32_t f[4][4], w[4], scale[2] = {}, next[4], next_scale = 0;
-  const auto fetch = [&] {  // packed weights and, forward, the two scales of the ring's stage
-    barrier_wait(at.full0 + 8 * stage, phase);
-    load_matrices<kDgrad>(next, w_lane + stage * C::kWBytes);
-    if (!kDgrad) next_scale = load_shared_u32(s_lane + stage * C::kSBytes);
+  uint32_t f[4][4], w[4], scale[2] = {}, scales[4], next[4], next_scale = 0;
+  const uint32_t full0 = at.full0 + 8 * turn, empty0 = at.empty0 + 8 * turn;
+  // Packed weights and, forward, the two scales of this warpgroup's stage j.
+  const auto fetch = [&](int j, uint32_t phase) {
+    barrier_wait(full0 + 8 * C::kTurns * j, phase);
+    load_matrices<kDgrad>(next, w_lane + j * (C::kTurns * C::kWBytes));
+    if (!kDgrad) next_scale = load_shared_u32(s_lane + j * (C::kTurns * C::kSBytes));
   };
-  if (turn < at.count) fetch();
-  for (int i = turn; i < at.count; i += C::kTurns) {
-    const uint32_t x_stage = at.x0 + stage * C::kXBytes;
-    const uint32_t s_stage = s_lane + stage * C::kSBytes;
-    const int current = stage;
-    stage += C::kTurns;
-    if (stage >= C::kStages) stage -= C::kStages, phase ^= 1;
+  if (turn < at.count) fetch(0, 0);
+  int left = at.count - turn;  // k-blocks, those of the other warpgroups among them
+  while (left > 0) {
 #pragma unroll
-    for (int e = 0; e < 4; e++) w[e] = next[e];
-    if (!kDgrad) {
-      scale[0] = permute_bytes(next_scale, next_scale, 0x1010);
-      scale[1] = permute_bytes(next_scale, next_scale, 0x3232);
-    }
+    for (int j = 0; j < kPer; j++) {
+      const uint32_t x_stage = x_lane + j * (C::kTurns * C::kXBytes / 16);
+      const uint32_t s_stage = s_lane + j * (C::kTurns * C::kSBytes);
+      left -= C::kTurns;
 #pragma unroll
-    for (int group = 0; group < 4; group += kGroup) {
-      // wait -> decode -> fence -> wgmma, pinned by the empty asm: in any other order ptxas
-      // serialises every wgmma.
-      wgmma_wait<1>();
-#pragma unroll
-      for (int step = group; step < group + kGroup; step++)
-        asm volatile("" : "+r"(w[step])::"memory");
-#pragma unroll
-      for (int step = group; step < group + kGroup; step++) {
-        uint32_t c[2] = {scale[0], scale[1]};
-        if (kDgrad) {
-          c[0] = load_shared_u32(s_stage + (2 * step) * 16);
-          c[1] = load_shared_u32(s_stage + (2 * step + 1) * 16);
-        }
-        if constexpr (C::kHasTable)
-          lookup8<kDgrad>(w[step], lane_table, f[step]);
-        else
-          decode8<kDgrad>(w[step], codebook, f[step]);
-#pragma unroll
-        for (int e = 0; e < 4; e++) f[step][e] = mul_bf16x2(f[step][e], c[kDgrad ? e >> 1 : e & 1]);
-        asm volatile(""
-                     : "+r"(f[step][0]), "+r"(f[step][1]), "+r"(f[step][2]),
-                       "+r"(f[step][3])::"memory");
+      for (int e = 0; e < 4; e++) w[e] = next[e];
+      if (!kDgrad) {
+        scale[0] = permute_bytes(next_scale, next_scale, 0x1010);
+        scale[1] = permute_bytes(next_scale, next_scale, 0x3232);
       }
-      wgmma_fence();
 #pragma unroll
-      for (int step = group; step < group + kGroup; step++)
-        WgmmaRS<C::kTokens>::mma(acc, f[step], swizzled_descriptor(x_stage + 32 * step), 1);
-      wgmma_commit();
-      // the next k-block's bytes, behind the wgmmas in flight
-      if (group == 4 - kGroup && i + C::kTurns < at.count) fetch();
+      for (int group = 0; group < 4; group += kGroup) {
+        // wait -> decode -> fence -> wgmma, pinned by the empty asm: in any other order ptxas
+        // serialises every wgmma.
+        wgmma_wait<1>();
+#pragma unroll
+        for (int step = group; step < group + kGroup; step++)
+          asm volatile("" : "+r"(w[step])::"memory");
+#pragma unroll
+        for (int step = group; step < group + kGroup; step++) {
+          uint32_t c[2] = {scale[0], scale[1]};
+          if (kDgrad) {
+            if (step % 2 == 0) load_shared_u32x4(s_stage + step * 8, scales);
+            c[0] = scales[step % 2 * 2], c[1] = scales[step % 2 * 2 + 1];
+          }
+          if constexpr (C::kHasTable)
+            lookup8<kDgrad>(w[step], lane_table, f[step]);
+          else
+            decode8<kDgrad>(w[step], codebook, f[step]);
+#pragma unroll
+          for (int e = 0; e < 4; e++)
+            f[step][e] = Coding<T>::multiply(f[step][e], c[kDgrad ? e >> 1 : e & 1]);
+          asm volatile(""
+                       : "+r"(f[step][0]), "+r"(f[step][1]), "+r"(f[step][2]),
+                         "+r"(f[step][3])::"memory");
+        }
+        wgmma_fence();
+#pragma unroll
+        for (int step = group; step < group + kGroup; step++)
+          WgmmaRS<C::kTokens>::template mma<T>(acc, f[step], stage_descriptor(x_stage + 2 * step),
+                                               1);
+        wgmma_commit();
+        // the next k-block's bytes, behind the wgmmas in flight
+        if (group == 4 - kGroup && left > 0) fetch((j + 1) % kPer, phase ^ (j + 1 == kPer));
+      }
+      // Given back at once: stages held by warpgroups are stages that no copy is filling.
+      wgmma_wait<0>();
+      if (lane == 0) barrier_arrive(empty0 + 8 * C::kTurns * j);
+      if (left <= 0) break;
     }
-    // Given back at once: stages held by warpgroups are stages that no copy is filling.
-    wgmma_wait<0>();
-    release(current);
+    phase ^= 1;
   }
   if (at.has_lora && at.count % C::kTurns == turn) {
     wait_for_predecessor();
 #pragma unroll
-    for (int step = 0; step < 4; step++) load_lora<bf16, kDgrad>(a, row, step, t, f[step]);
-    barrier_wait(at.full0 + 8 * stage, phase);
-    const uint32_t x_stage = at.x0 + stage * C::kXBytes;
+    for (int step = 0; step < 4; step++) load_lora<T, kDgrad>(a, row, step, t, f[step]);
+    const int stage = at.count % C::kStages;
+    barrier_wait(at.full0 + 8 * stage, at.count / C::kStages & 1);
+    const uint32_t x_stage = x_lane + (stage - turn) * (C::kXBytes / 16);
 #pragma unroll
     for (int step = 0; step < 4; step++) {
       if (step * 16 >= a.R) continue;
@@ -344,7 +380,7 @@ FASTPEFT_DEVICE void multiply(const GemmArgs& a, const Place& at, int row, int r
                    : "+r"(f[step][0]), "+r"(f[step][1]), "+r"(f[step][2]),
                      "+r"(f[step][3])::"memory");
       wgmma_fence();
-      WgmmaRS<C::kTokens>::mma(acc, f[step], swizzled_descriptor(x_stage + 32 * step), 1);
+      WgmmaRS<C::kTokens>::template mma<T>(acc, f[step], stage_descriptor(x_stage + 2 * step), 1);
     }
     wgmma_commit();
   }
@@ -368,75 +404,135 @@ FASTPEFT_DEVICE void store_shared_float4(uint32_t to, const float4& v) {
                : "memory");
 }
 
-// Rounds and stores the sums of rows `row`, `row + 1` and tokens m, m + 1.
-FASTPEFT_DEVICE void store(const GemmArgs& a, __nv_bfloat16* out, int row, int m,
-                           const float (&bias)[2], const float4& v) {
-  if (row >= a.rows) return;
-  uint32_t* to = reinterpret_cast<uint32_t*>(out + int64_t(m) * a.rows + row);
-  if (m < a.M) *to = pack_bf16(v.x + bias[0], v.z + bias[1]);
-  if (m + 1 < a.M) to[a.rows / 2] = pack_bf16(v.y + bias[0], v.w + bias[1]);
-}
+// Where a thread's sums go: rows `row`, `row + 1` of tokens 0 and 1, 8 and 9, ... from `to` on.
+template <class T>
+struct Output {
+  T* to;
+  int rows, tokens;  // length of a row of out; tokens from the first on, none outside the matrix
+  float bias[2] = {0.0f, 0.0f};
+
+  FASTPEFT_DEVICE Output(const GemmArgs& a, T* out, int row, int token)
+      : to(out + int64_t(token) * a.rows + row),
+        rows(a.rows),
+        tokens(row < a.rows ? a.M - token : 0) {}
+  FASTPEFT_DEVICE void store(int tile, const float4& v) const {
+    uint32_t* at = reinterpret_cast<uint32_t*>(to + int64_t(tile * 8) * rows);
+    if (tile * 8 < tokens) *at = pack_sums<T>(v.x, v.z, bias[0], bias[1]);
+    if (tile * 8 + 1 < tokens) at[rows / 2] = pack_sums<T>(v.y, v.w, bias[0], bias[1]);
+  }
+};
 
 // Adds the warpgroups' sums (in order), then the blocks' (in order): token tile i of 8 tokens is
 // added up by warpgroup i % kTurns and stored by block i % parts.
 template <class C>
-FASTPEFT_DEVICE void finish(const GemmArgs& a, const Place& at, __nv_bfloat16* out, int row,
+FASTPEFT_DEVICE void finish(const GemmArgs& a, const Place& at, typename C::T* out, int row,
                             int row_group, int turn, const float (&acc)[C::kTokens / 2]) {
+  constexpr int kTurns = C::kTurns, kTiles = C::kTokenTiles, kOwn = (kTiles + kTurns - 1) / kTurns;
   const int thread = row_group * 128 + (threadIdx.x & 127), t = threadIdx.x & 3;
   const auto partial = [&](int j, int i) {
-    return at.x0 + ((j * C::kTokenTiles + i) * C::kRows * 2 + thread) * 16;
+    return at.x0 + ((j * (kTurns == 2 ? kOwn : kTiles) + i) * C::kRows * 2 + thread) * 16;
   };
   named_barrier(1, 128 * C::kConsumers);  // everybody is done with x
   const int other = int(threadIdx.x) - 128;
-  if (!C::kHasTable && other < at.parts && other != at.rank)
+  if (C::kReceivesInRing && other < at.parts && other != at.rank)
     barrier_arrive_peer(cluster_address(at.free, other));
-#pragma unroll
-  for (int i = 0; i < C::kTokenTiles; i++)
-    store_shared_float4(partial(turn, i),
-                        make_float4(acc[4 * i], acc[4 * i + 1], acc[4 * i + 2], acc[4 * i + 3]));
-  wait_for_predecessor();  // before anything is written to memory
-  float bias[2] = {0.0f, 0.0f};
-  if (a.bias && row < a.rows) load_bias<bf16>(a, row, bias);
-  named_barrier(1, 128 * C::kConsumers);
-  if (!C::kHasTable && at.parts > 1) barrier_wait_cluster(at.free, 0);
-  const int tiles = min(C::kTokenTiles, (a.M - at.token + 7) / 8);
+  const int tiles = min(kTiles, (a.M - at.token + 7) / 8);
+  // Of the tile i that its owner stores, from another block.
   const auto receive = [&](int i, int from) {
-    return at.base + C::kReceiveAt + (i / at.parts * at.parts + from) * 2048 + thread * 16;
+    const int slot = (i >> at.parts_shift) * (at.parts - 1) + from - (from > at.owner(i));
+    return (C::kReceivesInRing ? at.x0 : at.base) + C::kReceiveAt + slot * C::kTileBytes +
+           thread * 16;
   };
-#pragma unroll 2
-  for (int i = turn; i < tiles; i += C::kTurns) {
-    float4 sum = load_shared_float4(partial(0, i));
+  const auto push = [&](int i, const float4& v) {
+    const int owner = at.owner(i);
+    push_cluster(cluster_address(receive(i, at.rank), owner), v, cluster_address(at.ready, owner));
+  };
+  Output<typename C::T> output(a, out, row, at.token + 2 * t);
+  const auto finish_tile = [&](int i, const float4& own) {
+    float4 sum = make_float4(0.0f, 0.0f, 0.0f, 0.0f);
+    for (int b = 0; b < at.parts; b++) {
+      const float4 v = b == at.rank ? own : load_shared_float4(receive(i, b));
+      sum.x += v.x, sum.y += v.y, sum.z += v.z, sum.w += v.w;
+    }
+    output.store(i, sum);
+  };
+  const auto begin_output = [&] {
+    wait_for_predecessor();  // before anything is written to memory
+    if (a.bias && row < a.rows) load_bias<typename C::T>(a, row, output.bias);
+    named_barrier(1, 128 * C::kConsumers);
+    if (C::kReceivesInRing && at.parts > 1) barrier_wait_cluster(at.free, 0);
+  };
+  if constexpr (kTurns == 2) {  // each stores what the other adds up, and keeps its own
+    const auto chosen = [&](int j, bool mine) {
+      const bool first = (turn == 0) == mine;
+      float4 v;
+      v.x = first ? acc[8 * j] : acc[8 * j + 4], v.y = first ? acc[8 * j + 1] : acc[8 * j + 5];
+      v.z = first ? acc[8 * j + 2] : acc[8 * j + 6], v.w = first ? acc[8 * j + 3] : acc[8 * j + 7];
+      return v;
+    };
 #pragma unroll
-    for (int j = 1; j < C::kTurns; j++) {
-      const float4 v = load_shared_float4(partial(j, i));
-      sum.x += v.x, sum.y += v.y, sum.z += v.z, sum.w += v.w;
+    for (int j = 0; j < kOwn; j++) store_shared_float4(partial(turn, j), chosen(j, false));
+    begin_output();
+    float4 own[kOwn];
+#pragma unroll
+    for (int j = 0; j < kOwn; j++) {
+      own[j] = chosen(j, true);
+      const float4 v = load_shared_float4(partial(turn ^ 1, j));
+      own[j].x += v.x, own[j].y += v.y, own[j].z += v.z, own[j].w += v.w;
     }
-    const int owner = i % at.parts;
-    const uint32_t to = receive(i, at.rank);
-    if (at.parts == 1)
-      store(a, out, row, at.token + i * 8 + 2 * t, bias, sum);
-    else if (owner == at.rank)  // read again by this very thread
-      store_shared_float4(to, sum);
-    else
-      push_cluster(cluster_address(to, owner), sum, cluster_address(at.ready, owner));
-  }
-  if (at.parts == 1) return;
-  barrier_wait_cluster(at.ready, 0);
-  for (int i = turn; i < tiles; i += C::kTurns) {
-    if (i % at.parts != at.rank) continue;
-    float4 sum = load_shared_float4(receive(i, 0));
-    for (int b = 1; b < at.parts; b++) {
-      const float4 v = load_shared_float4(receive(i, b));
-      sum.x += v.x, sum.y += v.y, sum.z += v.z, sum.w += v.w;
+    if (C::kMaxParts > 1 && at.parts > 1) {  // two: block b stores the tiles of turn b
+      static_assert(C::kMaxParts <= 2, "turn of a tile = block that stores it");
+      if (turn != at.rank) {
+#pragma unroll
+        for (int j = 0; j < kOwn; j++)
+          if (2 * j + turn < tiles) push(2 * j + turn, own[j]);
+        return;
+      }
+      barrier_wait_cluster(at.ready, 0);
+#pragma unroll
+      for (int j = 0; j < kOwn; j++) {
+        const float4 v = load_shared_float4(receive(2 * j + turn, turn ^ 1));
+        own[j].x += v.x, own[j].y += v.y, own[j].z += v.z, own[j].w += v.w;
+      }
     }
-    store(a, out, row, at.token + i * 8 + 2 * t, bias, sum);
+#pragma unroll
+    for (int j = 0; j < kOwn; j++) output.store(2 * j + turn, own[j]);
+  } else {  // loops, as instructions that run once are slow to fetch
+#pragma unroll
+    for (int i = 0; i < kTiles; i++)
+      store_shared_float4(partial(turn, i),
+                          make_float4(acc[4 * i], acc[4 * i + 1], acc[4 * i + 2], acc[4 * i + 3]));
+    begin_output();
+    const auto total = [&](int i) {
+      float4 sum = load_shared_float4(partial(0, i));
+#pragma unroll
+      for (int j = 1; j < kTurns; j++) {
+        const float4 v = load_shared_float4(partial(j, i));
+        sum.x += v.x, sum.y += v.y, sum.z += v.z, sum.w += v.w;
+      }
+      return sum;
+    };
+    if (at.parts > 1) {
+#pragma unroll 2
+      for (int i = turn; i < tiles; i += kTurns)
+        if (at.owner(i) != at.rank) push(i, total(i));
+    }
+    bool is_ready = at.parts == 1;
+#pragma unroll 1
+    for (int i = turn; i < tiles; i += kTurns) {
+      if (at.owner(i) != at.rank) continue;
+      const float4 own = total(i);
+      if (!is_ready) barrier_wait_cluster(at.ready, 0);
+      is_ready = true;
+      finish_tile(i, own);
+    }
   }
 }
 
 template <class C>
 __global__ void __launch_bounds__(C::kThreads, 1)
     qlinear_narrow_kernel(const __grid_constant__ NarrowMaps maps, const GemmArgs a, int split,
-                          int each, __nv_bfloat16* out) {
+                          int each, typename C::T* out) {
 #if defined(__CUDA_ARCH_FEAT_SM90_ALL)
   extern __shared__ uint8_t raw[];
   Place at(a, split, each);
@@ -448,25 +544,23 @@ __global__ void __launch_bounds__(C::kThreads, 1)
   at.ready = at.empty0 + 8 * C::kStages;
   at.free = at.ready + 8;
   at.token = blockIdx.z * C::kTokens;
-  at.peer_empty0 = at.is_pair ? cluster_address(at.empty0, at.rank ^ 1) : 0;
   const int warp_id = __shfl_sync(0xffffffffu, threadIdx.x / 32, 0), warpgroup = warp_id / 4;
+  const Loader<C> loader{maps, a, at};
+  // First in the code, as the first fetches of instructions are the slow ones: the codes of all
+  // stages are asked for.
+  if (warp_id == 0 && elect_one()) {
+    for (int i = 0; i < C::kStages; i++)
+      barrier_init(at.full0 + 8 * i, 2);  // TMA's expectation and a scale warp
+    barrier_init_fence();
+    fence_async_proxy();
+#pragma unroll 1
+    for (int i = 0, first = min(C::kEarly, at.count); i < first; i++) loader.w(i, i);
+    tma_prefetch_map(&maps.x);
+  }
+  __syncwarp();
   if (warpgroup == 0) {
     asm volatile("setmaxnreg.dec.sync.aligned.u32 %0;" ::"n"(C::kProducerRegisters));
     if (warp_id == 0) {
-      const Loader<C> loader{maps, a, at};
-      if (elect_one()) {
-        for (int i = 0; i < C::kStages; i++) {
-          barrier_init(at.full0 + 8 * i, 2);  // TMA's expectation and a scale warp
-          barrier_init(at.empty0 + 8 * i, 4 * C::kRowGroups * (at.is_pair ? 2 : 1));
-        }
-        barrier_init(at.ready, 1);
-        barrier_init(at.free, max(at.parts - 1, 1));
-        barrier_init_fence();
-        fence_async_proxy();
-        if (at.parts > 1) barrier_expect(at.ready, at.received_bytes(a, C::kTokenTiles));
-        for (int i = 0, first = min(C::kStages, at.count); i < first; i++) loader.w(i, i);
-      }
-      __syncwarp();
       at.template sync<C::kThreads>();
       launch_dependents();
       wait_for_predecessor();
@@ -477,20 +571,30 @@ __global__ void __launch_bounds__(C::kThreads, 1)
       load_scales<C>(a, at, warp_id - 1, map);
     }
   } else {
+    if (warp_id == 4 && elect_one()) {
+      for (int i = 0; i < C::kStages; i++) barrier_init(at.empty0 + 8 * i, 4 * C::kRowGroups);
+      barrier_init(at.ready, 1);
+      barrier_init(at.free, max(at.parts - 1, 1));
+      barrier_init_fence();
+      fence_async_proxy();
+      if (at.parts > 1)
+        barrier_expect(at.ready, at.received_bytes(a, C::kTokenTiles, C::kTileBytes));
+    }
+    __syncwarp();
+    if (C::kHasTable) {
+      fill_table<typename C::T>(at.table, threadIdx.x - 128);
+      if (C::kConsumers == 3 && threadIdx.x < 256)
+        fill_table<typename C::T>(at.table, threadIdx.x + 256);
+    }
     asm volatile("setmaxnreg.inc.sync.aligned.u32 %0;" ::"n"(C::kConsumerRegisters));
     const int row_group = (warpgroup - 1) / C::kTurns, turn = (warpgroup - 1) % C::kTurns;
     const int g = (threadIdx.x & 31) >> 2;
     const int row =
         at.row_tile * C::kRows + row_group * 64 + (warp_id & 3) * 16 + 2 * ((g >> 1) + 4 * (g & 1));
-    if constexpr (C::kHasTable) fill_table(at.table, threadIdx.x - 128, 128 * C::kConsumers);
     at.template sync<C::kThreads>();
     float acc[C::kTokens / 2];
     multiply<C>(a, at, row, row_group, turn, acc);
     finish<C>(a, at, out, row, row_group, turn, acc);
-  }
-  if (at.is_pair) {  // no block leaves while its neighbour may write to it or its barriers
-    cluster_arrive_relaxed();
-    cluster_sync_wait();
   }
 #endif
 }
@@ -499,56 +603,58 @@ __global__ void __launch_bounds__(C::kThreads, 1)
 template <class C>
 void launch(GemmArgs a, const WeightView& w, const void* x, const void* s, void* y, int split,
             Stream stream) {
+  FASTPEFT_CHECK(split <= C::kMaxParts, "qlinear_narrow: split ", split, " of tiles of ", C::kRows,
+                 " x ", C::kTokens);
   const int64_t reduction = C::kDgrad ? w.N : w.K;
   const int row_tiles = ceil_div(a.rows, C::kRows);
-  const bool is_pair = split == 0;
-  const int tokens = std::min<int>(C::kTokens, round_up(a.M, is_pair ? 16 : 8));
+  const int tokens = std::min<int>(C::kTokens, round_up(a.M, 8));
   a.x_bytes = tokens * kBlockK * 2;
   bind_context();
   NarrowMaps maps;
-  maps.x = matrix_map(x, reduction, a.M, kBlockK, is_pair ? tokens / 2 : tokens);
+  maps.x = matrix_map(x, reduction, a.M, kBlockK, tokens);
   maps.w = weight_map(w, C::kDgrad, C::kRowGroups);
   maps.s = a.R ? matrix_map(s, a.R, a.M, 64, tokens) : maps.x;
   allow_shared_memory(reinterpret_cast<const void*>(qlinear_narrow_kernel<C>), C::kShared);
-  const int cluster = is_pair ? 2 : std::max(split, 1);
-  const dim3 grid(unsigned(cluster), unsigned(is_pair ? ceil_div(row_tiles, 2) : row_tiles),
-                  unsigned(ceil_div(a.M, C::kTokens)));
+  const dim3 grid(unsigned(split), unsigned(row_tiles), unsigned(ceil_div(a.M, C::kTokens)));
   launch_kernel(qlinear_narrow_kernel<C>, "qlinear_narrow_kernel", grid, C::kThreads, C::kShared,
-                stream, cluster, maps, a, split, ceil_div(a.kblocks, std::max(split, 1)),
-                static_cast<__nv_bfloat16*>(y));
+                stream, split, maps, a, split, ceil_div(a.kblocks, split),
+                static_cast<typename C::T*>(y));
 }
 
-template <bool kDgrad>
+template <class T, bool kDgrad>
 void run(const GemmArgs& a, const WeightView& w, const void* x, const void* s, void* y,
          const Plan& plan, Stream stream) {
   const int parts = int(plan.split);
-  FASTPEFT_CHECK(parts >= 0 && parts <= 8 && (parts <= 1 || plan.tile_rows == 64),
-                 "qlinear_narrow: split ", parts, " of tiles of ", plan.tile_rows, " rows");
+  FASTPEFT_CHECK(parts >= 1 && parts <= 8 && (parts & (parts - 1)) == 0, "qlinear_narrow: split ",
+                 parts);
   const bool is_tall = plan.tile_rows == 128;
   if (plan.tile_tokens == 16)
-    return is_tall ? launch<Narrow<kDgrad, 2, 16>>(a, w, x, s, y, parts, stream)
-                   : launch<Narrow<kDgrad, 1, 16>>(a, w, x, s, y, parts, stream);
+    return is_tall ? launch<Narrow<T, kDgrad, 2, 16>>(a, w, x, s, y, parts, stream)
+                   : launch<Narrow<T, kDgrad, 1, 16>>(a, w, x, s, y, parts, stream);
   if (plan.tile_tokens == 32)
-    return is_tall ? launch<Narrow<kDgrad, 2, 32>>(a, w, x, s, y, parts, stream)
-                   : launch<Narrow<kDgrad, 1, 32>>(a, w, x, s, y, parts, stream);
+    return is_tall ? launch<Narrow<T, kDgrad, 2, 32>>(a, w, x, s, y, parts, stream)
+                   : launch<Narrow<T, kDgrad, 1, 32>>(a, w, x, s, y, parts, stream);
   if (plan.tile_tokens == 64)
-    return is_tall ? launch<Narrow<kDgrad, 2, 64>>(a, w, x, s, y, parts, stream)
-                   : launch<Narrow<kDgrad, 1, 64>>(a, w, x, s, y, parts, stream);
-  FASTPEFT_CHECK(plan.tile_tokens == 128 && !is_tall, "qlinear_narrow: no tile of ", plan.tile_rows,
-                 " x ", plan.tile_tokens);
-  launch<Narrow<kDgrad, 1, 128>>(a, w, x, s, y, parts, stream);
+    return is_tall ? launch<Narrow<T, kDgrad, 2, 64>>(a, w, x, s, y, parts, stream)
+                   : launch<Narrow<T, kDgrad, 1, 64>>(a, w, x, s, y, parts, stream);
+  FASTPEFT_CHECK(plan.tile_tokens == 128, "qlinear_narrow: no tile of ", plan.tile_rows, " x ",
+                 plan.tile_tokens);
+  if (is_tall) return launch<Narrow<T, kDgrad, 2, 128>>(a, w, x, s, y, parts, stream);
+  launch<Narrow<T, kDgrad, 1, 128>>(a, w, x, s, y, parts, stream);
 }
 
 }  // namespace
 
 void qlinear_narrow_fwd(const QLinearFwdParams& p) {
   const GemmArgs a = gemm_args<false>(p.w, p.M, p.bias, p.lora_b, p.s ? p.R : 0, p.scaling);
-  run<false>(a, p.w, p.x, p.s, p.y, p.plan, p.stream);
+  const auto serve = p.dtype == DType::kFloat16 ? run<fp16, false> : run<bf16, false>;
+  serve(a, p.w, p.x, p.s, p.y, p.plan, p.stream);
 }
 
 void qlinear_narrow_dgrad(const QLinearDgradParams& p) {
   const GemmArgs a = gemm_args<true>(p.w, p.M, nullptr, p.lora_a, p.ds ? p.R : 0, 1.0f);
-  run<true>(a, p.w, p.dy, p.ds, p.dx, p.plan, p.stream);
+  const auto serve = p.dtype == DType::kFloat16 ? run<fp16, true> : run<bf16, true>;
+  serve(a, p.w, p.dy, p.ds, p.dx, p.plan, p.stream);
 }
 
 }  // namespace fastpeft::cuda

@@ -145,8 +145,10 @@ struct ScaleProducer {
   FASTPEFT_DEVICE ScaleProducer(const GemmArgs& args, const float* shared_map)
       : a(args), map(shared_map), lane(threadIdx.x & 31) {
     if (a.nested) offset = __ldg(a.nested) * kFactor;
-    has_fixed_groups = !kDgrad && a.nested && 256 % a.scale_columns == 0;
-    has_shared_group = 64 % a.scale_columns == 0;
+    // Divides 256, 64: without a division on the way to the first loads.
+    const bool is_power = (a.scale_columns & (a.scale_columns - 1)) == 0;
+    has_fixed_groups = !kDgrad && a.nested && is_power && a.scale_columns <= 256;
+    has_shared_group = is_power && a.scale_columns <= 64;
   }
   // Clamped, not tested: a branch around a load makes the compiler wait for each load by itself.
   // Scales outside the matrix meet zeros of the other operand or rows that are never stored: any

@@ -113,25 +113,30 @@ Choice wgmma_choice(const Problem& p) {
 }
 
 // Microseconds of cuda/qlinear_narrow.cu with a tile of 64 or 128 rows whose reduction `split`
-// blocks share, measured on an H200: a start, then for each wave of blocks a prologue and its
-// k-blocks. Clusters of 4 and 8 find 30 and 14 places on 132 multiprocessors. us, model / measured,
-// forward:
-//   4096x4096  M = 16 / 64: 8.2 / 7.9, 9.1 / 9.3      14336x4096  14.5 / 15.1, 19.7 / 20.0
-//   1024x4096  6.0 / 5.4,   6.6 / 6.5                 28672x8192  M = 64: 70 / 67.8
-// M = 128 / 256: 4096x4096 11.7 / 12.8, 18.3 / 17.7; 4096x14336 29.1 / 29.5, 53.1 / 52.9.
+// blocks share, fitted to an H200: a launch, then for each wave of blocks a start and its k-blocks.
+// Clusters of 4 find 30 places on 132 multiprocessors. us, model / measured:
+//   tile    forward                                       gradient
+//   64x16   4096x4096 6.7 / 6.7, 8192x8192 15.4 / 15.4    14336x4096 14.9 / 14.9
+//   64x64   4096x4096 8.4 / 8.3, 4096x14336 18.7 / 18.9   28672x8192 63 / 66
+//   64x128  4096x4096 11.5 / 12.0 (M = 128)               4096x4096 18.2 / 17.6 (M = 256)
+//   128x16  14336x4096 14.7 / 14.1, 28672x8192 48 / 47.5  4096x14336 15.4 / 15.9
+//   128x64  14336x4096 19.8 / 18.5, 28672x8192 65 / 64    4096x14336 21.4 / 22.4
+//   128x128 14336x4096 26.3 / 25.3, 28672x8192 96 / 92    28672x8192 91 / 92
 double narrow_us(const Problem& p, int64_t rows, int64_t tokens, int64_t split) {
   const bool is_fwd = p.direction == Direction::kFwd, is_tall = rows == 128;
   const int64_t outputs = is_fwd ? p.N : p.K, kblocks = ceil_div<int64_t>(is_fwd ? p.K : p.N, 64);
   const int64_t clusters = ceil_div(outputs, rows) * ceil_div(p.M, tokens);
   const int64_t sms = std::max(p.sm_count, 8);
-  const int64_t places = split == 8 ? sms * 14 / 132 : split == 4 ? sms * 30 / 132 : sms / split;
+  const int64_t places = split == 4 ? sms * 30 / 132 : sms / split;
   const double waves = double(ceil_div(clusters, std::max<int64_t>(places, 1)));
   const double each = double(ceil_div(kblocks, split));
   const int width = tokens == 16 ? 0 : tokens == 32 ? 1 : tokens == 64 ? 2 : 3;
-  constexpr double kLow[4] = {0.136, 0.139, 0.155, 0.218}, kTall[4] = {0.174, 0.198, 0.250, 0.0};
-  constexpr double kStart[4] = {2.0, 2.0, 2.3, 2.9};
-  const double block = (is_tall ? kTall : kLow)[width] * (is_fwd ? 1.0 : 1.04);
-  return 1.4 + waves * (kStart[width] + each * block) + (split > 1 ? 0.4 : 0.0);
+  constexpr double kLow[4] = {0.097, 0.106, 0.128, 0.209}, kTall[4] = {0.151, 0.161, 0.206, 0.345};
+  constexpr double kLowStart[4] = {1.8, 2.0, 2.5, 3.0}, kTallStart[4] = {3.7, 4.3, 5.0, 2.8};
+  const double block =
+      is_tall ? kTall[width] * (is_fwd ? 1.0 : 1.07) : kLow[width] * (is_fwd ? 1.0 : 1.04);
+  const double start = (is_tall ? kTallStart : kLowStart)[width];
+  return 1.2 + waves * (start + each * block) + (split > 1 ? 0.6 : 0.0);
 }
 
 Choice narrow_choice(const Problem& p) {
@@ -139,8 +144,8 @@ Choice narrow_choice(const Problem& p) {
   if (!wgmma_serves(p) || p.M > 512) return best;
   const int64_t tokens = p.M <= 16 ? 16 : p.M <= 32 ? 32 : p.M <= 64 ? 64 : 128;
   for (const int64_t rows : {64, 128})
-    for (const int64_t split : {1, 2, 4, 8}) {
-      if (rows == 128 && (tokens == 128 || split > 1)) continue;
+    for (const int64_t split : {1, 2, 4}) {
+      if (rows == 128 && split > (tokens == 128 ? 2 : 1)) continue;
       const double us = narrow_us(p, rows, tokens, split);
       if (us >= best.us) continue;
       best.us = us;
