@@ -180,7 +180,8 @@ def markdown(rows: list[Row]) -> str:
     for problem, row_of in by_problem(rows).items():
         for name, row in row_of.items():
             if not name.startswith("fastpeft") and "fastpeft" in row_of:
-                key = (problem[-1], problem[7], "LoRA" if problem[5] else "bare", problem[1], name)
+                op, direction, _, _, _, R, _, dtype, race = problem
+                key = (race, dtype, "LoRA" if R else "bare", direction or op, name)
                 pairs[key].append((time_of(row) / time_of(row_of["fastpeft"]), problem))
     lines = [
         "| race | dtype | layer | direction | against | problems | geometric mean | wins, ties, "
@@ -209,10 +210,10 @@ def markdown(rows: list[Row]) -> str:
 def _losses(found: list[tuple[float, tuple]]) -> list[str]:
     """Every loss, one line a race, direction and layer: "M = 256 0.84, 512 0.83"."""
     lost: dict[tuple, list[tuple[int, float]]] = defaultdict(list)
-    for ratio, (_, direction, M, N, K, R, _, dtype, race) in found:
+    for ratio, (op, direction, M, N, K, R, _, dtype, race) in found:
         if ratio < 1 - TIE:
             rank = f", R = {R}" if R else ""
-            lost[race, direction, dtype, f"{N} x {K}{rank}"].append((M, ratio))
+            lost[race, direction or op, dtype, f"{N} x {K}{rank}"].append((M, ratio))
     return [
         f"- {race} {direction} {dtype} {layer}: M = "
         + ", ".join(f"{M} {ratio:.2f}" for M, ratio in sorted(each))

@@ -2,7 +2,8 @@
 kernel and a column a tool; exit code 1 where a kernel did wrong.
 
     python tests/sanitize.py [--tools memcheck,racecheck] [--groups WORD] [--native PATH]
-                             [--torch-tools memcheck] [--jobs 8] [--limit 60] [--keep DIR]
+                             [--torch-tools memcheck] [--jobs 8] [--limit 60] [--time-budget 300]
+                             [--keep DIR]
 
 The torch-free test_kernels (tests/native) carries it: every group of its cases under every tool, in
 processes of their own, several at a time; racecheck, the slow one, in several parts. So one case of
@@ -164,6 +165,7 @@ class Runner:
 
     sanitizer: str
     limit: float  # seconds a process
+    deadline: float  # of time.monotonic(): what has not begun by then is not checked
     keep: Path | None
 
     def run(self, tool: str, program: str, command: list[str], kernels: Iterable[str]) -> Result:
@@ -173,8 +175,11 @@ class Runner:
         if program == SMALL and tool != "initcheck":  # that one must see what every kernel writes
             options += ["--kernel-regex", f"kns={OURS}"]
         start = time.monotonic()
-        log, code = self._output([self.sanitizer, *options, *command])
-        death = death_of(log) or ("" if code is not None else f"not done in {self.limit:g} s")
+        limit = min(self.limit, self.deadline - start)
+        if limit < 1:
+            return Result(program, tool, tuple(kernels), (), "no time left", 124, 0.0)
+        log, code = self._output([self.sanitizer, *options, *command], limit)
+        death = death_of(log) or ("" if code is not None else f"not done in {limit:.0f} s")
         result = Result(
             program,
             tool,
@@ -193,7 +198,7 @@ class Runner:
             print(excerpt(log), flush=True)
         return result
 
-    def _output(self, command: list[str]) -> tuple[str, int | None]:
+    def _output(self, command: list[str], limit: float) -> tuple[str, int | None]:
         """(what it printed, its exit code or None past the limit). The tool and the program that it
         starts end together.
         """
@@ -208,7 +213,7 @@ class Runner:
             start_new_session=True,
         ) as process:
             try:
-                return process.communicate(timeout=self.limit)[0], process.returncode
+                return process.communicate(timeout=limit)[0], process.returncode
             except subprocess.TimeoutExpired:
                 os.killpg(process.pid, signal.SIGKILL)
                 return process.communicate()[0], None
@@ -272,7 +277,7 @@ def verdict(results: list[Result], kernel: str) -> str:
 
 def short(death: str) -> str:
     """The cause in a word or two, for the table."""
-    return death if death.startswith("not done") else "tool dies"
+    return death if death.startswith(("not done", "no time")) else "tool dies"
 
 
 def table(results: list[Result], kernels: list[str], tools: list[str]) -> str:
@@ -333,6 +338,7 @@ def arguments(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--M", nargs="*", default=[], help="tokens of sanitize_small.py")
     parser.add_argument("--jobs", type=int, default=min(8, os.cpu_count() or 1))
     parser.add_argument("--limit", type=float, default=120.0, help="seconds a process")
+    parser.add_argument("--time-budget", type=float, default=float("inf"), help="seconds in all")
     parser.add_argument("--keep", type=Path, help="folder for the tools' whole output")
     return parser.parse_args(argv)
 
@@ -343,7 +349,7 @@ def main(argv: list[str] | None = None) -> int:
     if reason := skip_reason():
         print(f"SKIPPED: no sanitizer was run: {reason}")
         return 0
-    runner = Runner(find_tool(), args.limit, args.keep)
+    runner = Runner(find_tool(), args.limit, time.monotonic() + args.time_budget, args.keep)
     tools, torch_tools = ([t for t in s.split(",") if t] for s in (args.tools, args.torch_tools))
     native = args.native or find_native()
     jobs = plan(str(native), tools, args.groups) if native and tools else []
