@@ -5,6 +5,7 @@
 #   make test    every test                make lint    ruff and clang-format
 #   make build   the package alone         make bench   kernels against other libraries
 #   make sanitize   compute-sanitizer over every kernel (a GPU and the CUDA toolkit)
+#   make native     the torch-free programs that test and time the kernels
 #
 # This file is the one place that pins the versions of a developer's environment.
 PYTHON ?= python3
@@ -34,7 +35,7 @@ export FASTPEFT_CACHE ?= $(CURDIR)/.cache
 # times slower (seen at load 13 on 2 cores: 7 against 30 tokens/s). Not for benchmarks.
 demo test: export OMP_WAIT_POLICY ?= PASSIVE
 
-.PHONY: demo test bench sanitize lint format build clean
+.PHONY: demo test bench sanitize native lint format build clean
 .DELETE_ON_ERROR:
 
 # ---- what people type
@@ -53,8 +54,16 @@ test: $(STAMPS)/built $(STAMPS)/data $(STAMPS)/test
 bench: $(STAMPS)/built $(STAMPS)/test
 	$(BIN)/python -m fastpeft bench $(BENCH)
 
-sanitize: $(STAMPS)/built $(STAMPS)/test
+# make sanitize SANITIZE="--tools racecheck --groups int8"
+sanitize: $(STAMPS)/built $(STAMPS)/test native
 	$(BIN)/python tests/sanitize.py $(SANITIZE)
+
+# The torch-free programs of tests/native: build/native/tests/native/{test,bench}_kernels
+native: $(STAMPS)/run
+	@command -v $${CUDACXX:-nvcc} > /dev/null || { echo "no CUDA compiler: no tests/native"; exit 0; }; \
+	torch=$$($(BIN)/python -c "import importlib.util as u; print(u.find_spec('torch').submodule_search_locations[0])"); \
+	cmake -S . -B build/native -G Ninja -DFASTPEFT_NATIVE_TESTS=ON -DFASTPEFT_PYTHON=OFF \
+	    -DFASTPEFT_TORCH_DIR="$$torch" > build/native.log && cmake --build build/native --target fastpeft_native
 
 lint: $(STAMPS)/lint
 	$(BIN)/ruff check .

@@ -7,15 +7,18 @@ One row a provider, problem and direction. Values are held against float64 befor
 from __future__ import annotations
 
 import functools
+import os
 import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
+from typing import Any
 
 import harness
 import peers
 import reference
+import report
 import torch
-from cases import KINDS, Case, Inputs
+from cases import KINDS, Case, Weight
 from fastpeft.ops.launch import plan_text
 from peers import Job, Unavailable
 
@@ -45,28 +48,34 @@ class Options:
 
 
 @functools.lru_cache(maxsize=1)
-def _weights(case: Case, device: str) -> tuple[Inputs, torch.Tensor]:
-    """Inputs of one token, for the packed weight and the factors, and the matrix before packing; W,
-    A and B do not depend on M, so they are kept from one M to the next.
+def _weights(case: Case, device: str) -> tuple[Weight, torch.Tensor, dict[str, Any]]:
+    """The packed weight, the matrix before packing, and a place for the providers' copies of it:
+    none depends on M, R or the direction, so they are kept from one problem to the next.
     """
-    inputs = replace(case, M=1).build(device, draw_on=device)
     draw = torch.Generator(device).manual_seed(1 + case.number)
     W = torch.randn(case.N, case.K, generator=draw, device=device) * case.K**-0.5
-    return inputs, W.to(case.torch_dtype)
+    W = W.to(case.torch_dtype)
+    return case.pack(W), W, {}
 
 
 def make_job(case: Case, direction: str, device: str) -> Job:
-    """Tensors of a case; x and dy anew for every M."""
-    inputs, dense = _weights(replace(case, M=1), device)
-    draw = torch.Generator(device).manual_seed(2 + case.M)
+    """Tensors of a case; the factors anew for every R, x and dy for every M."""
+    weight, dense, kept = _weights(replace(case, M=1, R=0), device)
+    inputs = replace(case, M=1, N=1, K=1, R=0).build(device)  # scaling and the like
+    draw = torch.Generator(device).manual_seed(2 + case.R)
+    if case.R:
+        A = torch.randn(case.R, case.K, generator=draw, device=device) * case.K**-0.5
+        B = torch.randn(case.N, case.R, generator=draw, device=device) * 0.5
+        inputs = replace(inputs, A=A, B=B)
+    draw.manual_seed(2 + case.M)
 
     def normal(*shape):
         return torch.randn(*shape, generator=draw, device=device).to(case.torch_dtype)
 
     x, dy = normal(case.M, case.K), normal(case.M, case.N)
-    if inputs.weight.threshold > 0:  # a few outlier columns, as in real activations
+    if weight.threshold > 0:  # a few outlier columns, as in real activations
         x[case.M // 2, :: max(case.K // 8, 1)] = 8.0
-    return Job(case, replace(inputs, x=x, dy=dy), dense, direction, device)
+    return Job(case, replace(inputs, x=x, dy=dy, weight=weight), dense, direction, device, kept)
 
 
 def setup(job: Job, provider: str) -> harness.Work:
@@ -104,12 +113,21 @@ def setup(job: Job, provider: str) -> harness.Work:
         peer.graph,
         peer.format,
         peer.exact,
-        harness.joined(_note(job.case), _kernels(job) if provider == "fastpeft" else ""),
+        _note(job) if provider == "fastpeft" else threshold_note(job.case),
     )
 
 
-def _note(case: Case) -> str:
+def threshold_note(case: Case) -> str:
+    """What tells the two kinds of LLM.int8() apart in a row."""
     return "threshold 0" if case.kind == "llm.int8-0" else ""
+
+
+def _note(job: Job) -> str:
+    """Of fastpeft's rows: which kernels ran, and for which device where not for this one."""
+    arch = os.environ.get("FASTPEFT_ARCH")
+    return harness.joined(
+        threshold_note(job.case), _kernels(job), f"{report.AS_ARCH}{arch}" if arch else ""
+    )
 
 
 def _kernels(job: Job) -> str:
@@ -254,5 +272,5 @@ def run(cases: list[tuple[Case, str]], options: Options, op: str = "qlinear") ->
             return len(cases) - number
         race(case, direction, options, op)
         if options.device == "cuda":
-            torch.cuda.empty_cache()
+            harness.give_memory_back()
     return 0

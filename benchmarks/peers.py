@@ -10,7 +10,8 @@ from __future__ import annotations
 import copy
 import logging
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
+from typing import Any
 
 import harness
 import torch
@@ -43,6 +44,17 @@ class Job:
     dense: torch.Tensor  # W [N, K] in the activations' dtype, as it was before quantising
     direction: str  # fwd, dgrad, fwd+bwd
     device: str
+    kept: dict[str, Any] = field(default_factory=dict)  # what lasts as long as the weight
+
+    def keep(self, name: str, make: Callable[[], Any]) -> Any:
+        """What make() gave the first time it was asked for under this name. Not on the CPU, where
+        some libraries give a weight another form at the layer's first call.
+        """
+        if self.device == "cpu":
+            return make()
+        if name not in self.kept:
+            self.kept[name] = make()
+        return self.kept[name]
 
     def copies(self, weight_bytes: float) -> int:
         """How many copies of a weight of this size."""
@@ -101,6 +113,13 @@ def _copy_weight(w: Weight) -> Weight:
     return replace(w, codes=clone(w.codes), scales=clone(w.scales), nested=clone(w.nested))
 
 
+def packed_copies(job: Job) -> list[Weight]:
+    """The packed weight as often as L2 asks for: fastpeft's, and what dequant+torch starts from."""
+    copies = job.copies(job.case.weight_bytes())
+    first = job.inputs.weight
+    return job.keep("packed", lambda: [first] + [_copy_weight(first) for _ in range(copies - 1)])
+
+
 def _fastpeft(job: Job) -> Peer:
     import kernelkit
     from fastpeft.ops.lora import LowRank
@@ -110,15 +129,14 @@ def _fastpeft(job: Job) -> Peer:
         packed = (w.codes, w.scales, w.nested, w.format, w.blocksize, w.K)
         return torch.ops.fastpeft.qlinear_dgrad(dy, *packed, None, None, 0.0, None)
 
-    copies = job.copies(job.case.weight_bytes())
-    weights = [job.inputs.weight] + [_copy_weight(job.inputs.weight) for _ in range(copies - 1)]
+    weights = packed_copies(job)
     packed = [kernelkit.weight_of(replace(job.inputs, weight=w)) for w in weights]
     factors, bias = _factors(job), job.inputs.bias
     low = LowRank(*factors, job.inputs.scaling) if factors else None
     return Peer(
         [lambda x, w=w: qlinear(x, w, bias, low) for w in packed],
         [lambda dy, w=w: input_gradient(dy, w) for w in packed],
-        [factors] * copies,
+        [factors] * len(weights),
         job.case.bytes(job.direction),
         format_name(job.case),
     )
@@ -135,9 +153,10 @@ def _plain(x, W, bias, factors, scaling):
 
 def _torch(job: Job) -> Peer:
     case, factors = _dense_case(job.case), _factors(job)
-    exact = job.inputs.weight.exact.to(case.torch_dtype)
-    copies = job.copies(case.weight_bytes())
-    weights = [exact.clone() for _ in range(copies)]
+    exact, copies = job.inputs.weight.exact, job.copies(case.weight_bytes())
+    weights = job.keep(
+        "dense", lambda: [exact.to(case.torch_dtype, copy=True) for _ in range(copies)]
+    )
     bias, scaling = job.inputs.bias, job.inputs.scaling
     return Peer(
         [lambda x, W=W: _plain(x, W, bias, factors, scaling) for W in weights],
@@ -171,8 +190,7 @@ def _dequant(job: Job) -> Peer:
         def backward(ctx, dy):
             return dy @ dense(ctx.w), None
 
-    copies, factors = job.copies(job.case.weight_bytes()), _factors(job)
-    weights = [_copy_weight(job.inputs.weight) for _ in range(copies)]
+    factors, weights = _factors(job), packed_copies(job)
 
     def forward(x, w):
         y = Linear.apply(x, w)
@@ -183,7 +201,7 @@ def _dequant(job: Job) -> Peer:
     return Peer(
         [lambda x, w=w: forward(x, w) for w in weights],
         [lambda dy, w=w: dy @ dense(w) for w in weights],
-        [factors] * copies,
+        [factors] * len(weights),
         job.case.bytes(job.direction),
         format_name(job.case),
     )
@@ -235,13 +253,45 @@ def _bnb_layer(job: Job) -> torch.nn.Module:
         raise Unavailable(f"{case.kind} is not a format of bitsandbytes")
     if has_bias:
         layer.bias = torch.nn.Parameter(job.inputs.bias.cpu(), requires_grad=False)
-    return layer.to(job.device).train(job.direction != "fwd")
+    return layer.to(job.device).train(job.direction == "fwd+bwd")
 
 
 def _bnb_layers(job: Job) -> list[torch.nn.Module]:
-    first = _bnb_layer(job)
-    copies = job.copies(job.case.weight_bytes())
-    return [first] + [copy.deepcopy(first) for _ in range(copies - 1)]
+    """Layers of its own over copies of one weight. A deep copy of the first: one of 800 copies of a
+    small layer would take seconds, so those of 4 bits share all but the codes and scales.
+    """
+    copies, trains = job.copies(job.case.weight_bytes()), job.direction == "fwd+bwd"
+    clone = copy.deepcopy if job.device == "cpu" else _bnb_copy
+
+    def make() -> list[torch.nn.Module]:
+        first = _bnb_layer(job)
+        return [first] + [clone(first) for _ in range(copies - 1)]
+
+    return [layer.train(trains) for layer in job.keep("bitsandbytes", make)]
+
+
+def _bnb_copy(layer: torch.nn.Module) -> torch.nn.Module:
+    import bitsandbytes as bnb
+
+    if not isinstance(layer, bnb.nn.Linear4bit):
+        return copy.deepcopy(layer)
+    other = copy.copy(layer)
+    other._parameters, state = dict(layer._parameters), copy.copy(layer.weight.quant_state)
+    state.absmax = state.absmax.clone()
+    weight = bnb.nn.Params4bit(
+        layer.weight.data.clone(),
+        requires_grad=False,
+        quant_state=state,
+        blocksize=layer.weight.blocksize,
+        compress_statistics=layer.weight.compress_statistics,
+        quant_type=layer.weight.quant_type,
+        quant_storage=layer.weight.quant_storage,
+        bnb_quantized=True,
+        module=other,
+    )
+    other._parameters["weight"] = weight
+    other.quant_state = state
+    return other
 
 
 def _bnb_dgrad(layer: torch.nn.Module) -> Callable[[torch.Tensor], torch.Tensor]:
@@ -305,24 +355,29 @@ def _lora_of_peft(job: Job, layers: list[torch.nn.Module], flag: str | None) -> 
         import peft
     except ImportError as error:
         raise Unavailable(f"peft does not import: {error}") from error
-    holder = torch.nn.Module()
-    holder.proj = torch.nn.ModuleList(layers)
-    if flag:
-        setattr(holder, flag, True)
-    R = job.case.R
-    config = peft.LoraConfig(
-        r=R, lora_alpha=job.inputs.scaling * R, target_modules=r"proj\.\d+", lora_dropout=0.0
-    )
-    peft.get_peft_model(holder, config, autocast_adapter_dtype=False)
-    factors = []
-    for layer in holder.proj:
-        pair = (layer.lora_A["default"].weight, layer.lora_B["default"].weight)
-        for parameter, value in zip(pair, _factors(job), strict=True):
-            parameter.data = value.detach().clone()
-            parameter.requires_grad_(job.direction != "fwd")
-        factors.append(pair)
+    R, trains = job.case.R, job.direction == "fwd+bwd"
+
+    def make() -> tuple[torch.nn.Module, list[tuple[torch.Tensor, ...]]]:
+        holder = torch.nn.Module()
+        holder.proj = torch.nn.ModuleList(layers)
+        if flag:
+            setattr(holder, flag, True)
+        config = peft.LoraConfig(
+            r=R, lora_alpha=job.inputs.scaling * R, target_modules=r"proj\.\d+", lora_dropout=0.0
+        )
+        peft.get_peft_model(holder, config, autocast_adapter_dtype=False)
+        factors = []
+        for layer in holder.proj:
+            pair = (layer.lora_A["default"].weight, layer.lora_B["default"].weight)
+            for parameter, value in zip(pair, _factors(job), strict=True):
+                parameter.data = value.detach().clone()
+                parameter.requires_grad_(trains)
+            factors.append(pair)
+        return holder, factors
+
+    holder, factors = job.keep(f"peft {R} {trains}", make)
     return Peer(
-        list(holder.train(job.direction != "fwd").proj),
+        list(holder.train(trains).proj),
         None,
         factors,
         job.case.bytes(job.direction),
@@ -385,7 +440,10 @@ def _humming(job: Job) -> Peer:
     case, bits = job.case, 4 if KINDS[job.case.kind][0] != "int8" else 8
     scale_bytes = 2 * case.N * (case.K // 64 if bits == 4 else 1)
     weight_bytes = case.N * case.K * bits / 8 + scale_bytes
-    layers = [layer] + [copy.deepcopy(layer) for _ in range(job.copies(weight_bytes) - 1)]
+    copies = job.copies(weight_bytes)
+    layers = job.keep(
+        "humming", lambda: [layer] + [copy.deepcopy(layer) for _ in range(copies - 1)]
+    )
     unit = torch.eye(case.K, dtype=case.torch_dtype, device=job.device)
     exact = torch.cat([layer(rows).float() for rows in unit.split(4096)]).t().contiguous()
     loss = float((exact - job.dense.float()).norm() / job.dense.float().norm())

@@ -1,13 +1,22 @@
-"""Tables, wins and losses, and the plot, made from rows."""
+"""Tables, wins and losses, and the plot, made from rows.
+
+`python benchmarks/report.py ROWS.jsonl [--commit C]`: the standing of the rows in a
+file, as Markdown for results/README.md: a line a race and peer, then every loss by name.
+"""
 
 from __future__ import annotations
 
+import argparse
+import json
 import math
 from collections import defaultdict
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
 TIE = 0.03  # closer than this is a tie
+NATIVE = "torch-free program"  # in the note of a row that raced nobody
+AS_ARCH = "kernels of sm_"  # in the note of a row that ran with FASTPEFT_ARCH
 
 Row = dict[str, Any]
 
@@ -126,11 +135,97 @@ def _against(name: str, ratios: list[tuple[float, tuple]]) -> list[str]:
 
 
 def _counts(ratios: list[float]) -> str:
-    wins, losses = sum(r > 1 + TIE for r in ratios), sum(r < 1 - TIE for r in ratios)
+    wins, ties, losses = outcome(ratios)
     return (
-        f"{wins} wins, {len(ratios) - wins - losses} ties, {losses} losses; "
+        f"{wins} wins, {ties} ties, {losses} losses; "
         f"geometric mean of its time over ours {_mean(ratios):.3f}"
     )
+
+
+# ---- rows of a file
+
+
+def read(path: Path, commit: str = "") -> list[Row]:
+    """Rows of a file, those of one commit where one is named, with the race that a row does not
+    tell: rows of one race of providers stand together, fastpeft's first.
+    """
+    rows, last, race = [], None, ""
+    for line in Path(path).read_text().splitlines():
+        row = json.loads(line)
+        if commit and row.get("commit") != commit or "us" not in row:
+            continue
+        if NATIVE in row.get("note", ""):
+            continue
+        problem = problem_of({**row, "race": None})
+        if row["provider"] == "fastpeft" and not row.get("pdl"):
+            race, last = race_of(row), problem
+        elif problem != last:
+            race, last = "", None  # its fastpeft row was refused: nothing to compare with
+        rows.append({**row, "race": race or row.get("format", "")})
+    return rows
+
+
+def race_of(row: Row) -> str:
+    """What fastpeft's row competes in: the format, and whose kernels where not this device's."""
+    note = row.get("note", "")
+    parts = [row.get("format", row["op"])]
+    parts += ["threshold 0"] if "threshold 0" in note else []
+    parts += [part for part in note.split("; ") if part.startswith(AS_ARCH)]
+    return ", ".join(parts)
+
+
+def markdown(rows: list[Row]) -> str:
+    """A table of the standing, a line a race and peer; below it every loss."""
+    pairs: dict[tuple, list[tuple[float, tuple]]] = defaultdict(list)
+    for problem, row_of in by_problem(rows).items():
+        for name, row in row_of.items():
+            if not name.startswith("fastpeft") and "fastpeft" in row_of:
+                op, direction, _, _, _, R, _, dtype, race = problem
+                key = (race, dtype, "LoRA" if R else "bare", direction or op, name)
+                pairs[key].append((time_of(row) / time_of(row_of["fastpeft"]), problem))
+    lines = [
+        "| race | dtype | layer | direction | against | problems | geometric mean | wins, ties, "
+        "losses | closest |",
+        "|---|---|---|---|---|---|---|---|---|",
+    ]
+    for (race, dtype, layer, direction, name), found in pairs.items():
+        ratios = [ratio for ratio, _ in found]
+        lines.append(
+            f"| {race} | {dtype} | {layer} | {direction} | {name} | {len(ratios)} | "
+            f"{_mean(ratios):.2f} | {', '.join(map(str, outcome(ratios)))} | {min(ratios):.2f} |"
+        )
+    for name in dict.fromkeys(key[-1] for key in pairs):
+        found = [pair for key, each in pairs.items() if key[-1] == name for pair in each]
+        ratios = [ratio for ratio, _ in found]
+        wins, ties, losses = outcome(ratios)
+        lines.append("")
+        lines.append(
+            f"Against {name}: {wins} wins, {ties} ties, {losses} losses of {len(ratios)}; "
+            f"geometric mean of its time over ours {_mean(ratios):.3f}."
+        )
+        lines += _losses(found)
+    return "\n".join(lines)
+
+
+def _losses(found: list[tuple[float, tuple]]) -> list[str]:
+    """Every loss, one line a race, direction and layer: "M = 256 0.84, 512 0.83"."""
+    lost: dict[tuple, list[tuple[int, float]]] = defaultdict(list)
+    for ratio, (op, direction, M, N, K, R, _, dtype, race) in found:
+        if ratio < 1 - TIE:
+            rank = f", R = {R}" if R else ""
+            lost[race, direction or op, dtype, f"{N} x {K}{rank}"].append((M, ratio))
+    return [
+        f"- {race} {direction} {dtype} {layer}: M = "
+        + ", ".join(f"{M} {ratio:.2f}" for M, ratio in sorted(each))
+        for (race, direction, dtype, layer), each in lost.items()
+    ]
+
+
+def outcome(ratios: Iterable[float]) -> tuple[int, int, int]:
+    """Wins, ties, losses."""
+    ratios = list(ratios)
+    wins, losses = sum(r > 1 + TIE for r in ratios), sum(r < 1 - TIE for r in ratios)
+    return wins, len(ratios) - wins - losses, losses
 
 
 # ---- plots
@@ -195,3 +290,18 @@ def _draw(panels: dict[tuple, dict[str, list[Row]]], what: str, path: Path, titl
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=110)
     plt.close(figure)
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Prints the standing of a file of rows."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("rows", type=Path)
+    parser.add_argument("--commit", default="", help="only rows of this commit")
+    args = parser.parse_args(argv)
+    rows = read(args.rows, args.commit)
+    print(markdown(rows) if rows else "no rows")
+    return 0 if rows else 1
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

@@ -17,7 +17,8 @@
 // warp, then the two warps, then (lora_finish_kernel) the slices, always in this order.
 // Bound: reading Z once; P again for every 64 columns from L2 (R / 64 of the bytes of Z); about 70
 // instructions for 2 KB, where memory gives 460 issue slots. dA and dB share a launch; with many
-// tokens and R <= 16 ds and dB come from one pass over dy instead (lora_dy.cu).
+// tokens and R <= 16 ds and dB come from one pass over dy instead (lora_dy.cu), on sm_90a with dA
+// in it (lora_wgrad_sm90.cu).
 #include "dependent_launch.cuh"
 #include "lora.cuh"
 #include "lora_wgrad.h"
@@ -292,14 +293,17 @@ void finish(const LoraWgradParams& p, const Finish& first, const Finish& second)
 // How dA (and dB, unless dy_pass() makes it) is cut.
 struct Split {
   int width, slices, tokens;  // ranks with padding; slices over M; tokens a slice
-  bool uses_dy_pass;
+  FusedPass fused;            // ds, dB and dA, or
+  bool uses_dy_pass;          // ds and dB, or neither
   DyPass dy;
-  int64_t partial_floats;  // of dA and dB
+  int64_t partial_floats;  // of dA and dB by lora_wgrad_kernel
+
+  int64_t floats() const { return partial_floats + fused.floats + dy.ds_floats + dy.dB_floats; }
 };
 
-// One pass over dy for ds and dB pays where its time is the memory's; below, launches count: ds,
-// then dA and dB in one.
-constexpr int64_t kDyPassTokens = 2048;
+// One pass over dy pays where its time is the memory's; below, launches count: ds, then dA and dB
+// in one.
+constexpr int64_t kOnePassTokens = 2048;
 
 // Slices over M: whole waves of blocks, against partial sums of 4 bytes, written and read, a rank,
 // column and slice beside the M * 2 bytes of a column.
@@ -319,11 +323,14 @@ int64_t best_slices(int64_t M, int64_t blocks, int width) {
 Split split_of(const LoraWgradParams& p) {
   Split split = {};
   split.width = p.R > 16 ? 64 : 16;
-  split.uses_dy_pass = p.R <= 16 && p.R % 2 == 0 && p.M >= kDyPassTokens;
+  if (p.M >= kOnePassTokens) split.fused = fused_pass(p);
+  if (split.fused.has_dA) return split;
+  split.uses_dy_pass = !split.fused.slices && p.R <= 16 && p.R % 2 == 0 && p.M >= kOnePassTokens;
   if (split.uses_dy_pass) split.dy = dy_pass(p);
-  const int64_t columns = p.K + (split.uses_dy_pass ? 0 : p.N);
-  const int64_t blocks = ceil_div<int64_t>(p.K, kBlockColumns) +
-                         (split.uses_dy_pass ? 0 : ceil_div<int64_t>(p.N, kBlockColumns));
+  const bool has_dB = !split.fused.slices && !split.uses_dy_pass;
+  const int64_t columns = p.K + (has_dB ? p.N : 0);
+  const int64_t blocks =
+      ceil_div<int64_t>(p.K, kBlockColumns) + (has_dB ? ceil_div<int64_t>(p.N, kBlockColumns) : 0);
   const int64_t slices = best_slices(p.M, blocks, split.width);
   split.tokens = int(round_up<int64_t>(ceil_div<int64_t>(p.M, slices), 32));
   split.slices = int(ceil_div<int64_t>(p.M, split.tokens));
@@ -374,38 +381,52 @@ void shrink_dy(const LoraWgradParams& p) {
 }  // namespace
 
 int64_t lora_wgrad_workspace(const LoraWgradParams& p) {
-  if (p.M == 0) return 0;
-  const Split split = split_of(p);
-  return 4 * (split.partial_floats + split.dy.ds_floats + split.dy.dB_floats);
+  return p.M == 0 ? 0 : 4 * split_of(p).floats();
 }
 
 void lora_wgrad(const LoraWgradParams& p) {
   check_wgrad(p);
   const Split split = split_of(p);
-  float* const partial_dA = static_cast<float*>(p.workspace);
-  float* const partial_dB = partial_dA + (split.slices > 1 ? split.slices * split.width * p.K : 0);
-  float* const partial_ds = partial_dA + split.partial_floats;
   const bool is_float = p.grad_dtype == DType::kFloat32;
-  Finish none = {}, dB = {}, ds = {}, dA = {};
-  ds = {partial_ds, p.ds, p.M, p.M * 16, split.dy.column_blocks, int(p.R), 16, p.scaling, false};
-  dA = {partial_dA, p.dA, p.R,     int64_t(split.width) * p.K, split.slices, int(p.K),
-        int(p.K),   1.0f, is_float};
-  dB = {partial_dB, p.dB,        p.N,       p.N * split.width, split.slices,
-        int(p.R),   split.width, p.scaling, is_float};
-  if (split.uses_dy_pass) {
-    dB.partial = partial_ds + split.dy.ds_floats;
+  Finish none = {};
+  Finish dA = {nullptr,      p.dA,     p.R,      int64_t(split.width) * p.K,
+               split.slices, int(p.K), int(p.K), 1.0f / (1.0f - p.p),
+               is_float};
+  Finish dB = {nullptr,  p.dB,        p.N,       p.N * split.width, split.slices,
+               int(p.R), split.width, p.scaling, is_float};
+  float* const partial_dA = static_cast<float*>(p.workspace);
+  float* const behind = partial_dA + split.partial_floats;
+  float* const partial_dB = partial_dA + (split.slices > 1 ? split.slices * dA.stride : 0);
+  dA.partial = partial_dA;
+  dB.partial = partial_dB;
+  bool has_dB = false;
+  if (split.fused.slices) {
+    dB.partial = behind;
+    dB.slices = split.fused.slices;
+    float* const fused_dA = behind + split.fused.slices * dB.stride;
+    lora_wgrad_sm90(p, split.fused, behind, fused_dA);
+    if (split.fused.has_dA) {
+      dA.partial = fused_dA;
+      dA.slices = split.fused.slices;
+      finish(p, dA, dB);
+      return;
+    }
+  } else if (split.uses_dy_pass) {
+    const Finish ds = {behind,   p.ds, p.M,       p.M * 16, split.dy.column_blocks,
+                       int(p.R), 16,   p.scaling, false};
+    dB.partial = behind + split.dy.ds_floats;
     dB.slices = split.dy.slices;
-    lora_dy(p, split.dy, partial_ds, partial_ds + split.dy.ds_floats);
+    lora_dy(p, split.dy, behind, behind + split.dy.ds_floats);
     finish(p, ds, dB);
   } else {
     shrink_dy(p);
+    has_dB = true;
   }
   Args a = {};
   a.dB = {p.dy, p.s, p.dB, partial_dB, int(p.N), 0, p.scaling, false, false};
-  a.dA = {p.x, p.ds, p.dA, partial_dA, int(p.K), 0, 1.0f / (1.0f - p.p), true, p.p > 0.0f};
-  if (!split.uses_dy_pass) a.dB.column_blocks = ceil_div(a.dB.C, kBlockColumns);
+  a.dA = {p.x, p.ds, p.dA, partial_dA, int(p.K), 0, dA.scale, true, p.p > 0.0f};
+  if (has_dB) a.dB.column_blocks = ceil_div(a.dB.C, kBlockColumns);
   a.dA.column_blocks = ceil_div(a.dA.C, kBlockColumns);
-  dA.scale = a.dA.scale;
   a.seed = p.seed;
   a.M = p.M;
   a.R = int(p.R);
@@ -419,7 +440,8 @@ void lora_wgrad(const LoraWgradParams& p) {
     launch_wgrad<bf16>(p, a, columns);
   else
     launch_wgrad<fp16>(p, a, columns);
-  if (split.slices > 1) finish(p, dA, split.uses_dy_pass ? none : dB);
+  const bool dB_waits = has_dB ? split.slices > 1 : bool(split.fused.slices);
+  if (split.slices > 1 || dB_waits) finish(p, split.slices > 1 ? dA : none, dB_waits ? dB : none);
 }
 
 }  // namespace fastpeft::cuda

@@ -121,18 +121,20 @@ FASTPEFT_DEVICE void consume(const Maps& maps, const DenseArgs& a, uint32_t base
   wait_for_predecessor();
   for (int i = blockIdx.x / 2; i < a.tiles_r * a.tiles_t; i += gridDim.x / 2) {
     const Tile tile(a, i);
+    int previous = -1;
     if (a.R > 0) {
       multiply(ceil_div(a.R, 16), false);
-      wgmma_wait<0>();
+      if (a.scale != 1.0f) {
+        wgmma_wait<0>();
 #pragma unroll
-      for (int e = 0; e < kTokens / 2; ++e) {
-        asm volatile("" : "+f"(acc[e])::"memory");
-        acc[e] *= a.scale;
+        for (int e = 0; e < kTokens / 2; ++e) {
+          asm volatile("" : "+f"(acc[e])::"memory");
+          acc[e] *= a.scale;
+        }
       }
-      release(ring.stage);
+      previous = ring.stage;
       ring.advance();
     }
-    int previous = -1;
     for (int block = 0; block < a.blocks; ++block) {
       multiply(kDepth / 16, a.R > 0 || block > 0);
       wgmma_wait<1>();

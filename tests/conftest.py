@@ -36,7 +36,16 @@ def cuda_reason() -> str | None:
 
 def pytest_configure(config):
     torch.set_num_threads(THREADS)
+    config.addinivalue_line("markers", "gpu: wants a CUDA device (`pytest -m gpu`: all that do)")
     config.stash[MATRIX] = {}
+
+
+def pytest_collection_modifyitems(items):
+    """Marks what asks for a GPU, by fixture or parameter: names alone tell of a part of them."""
+    for item in items:
+        call = getattr(item, "callspec", None)
+        if "cuda" in item.fixturenames or (call and call.params.get("device") == "cuda"):
+            item.add_marker("gpu")
 
 
 def pytest_terminal_summary(terminalreporter, config):

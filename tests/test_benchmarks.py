@@ -91,6 +91,33 @@ def test_standing_by_direction_with_every_loss_and_the_roof():
     assert "floor" in table and "8 us (50 %)" in table and "fastpeft pdl" in table
 
 
+def test_a_file_of_rows_becomes_a_table(tmp_path, capsys):
+    """Races that share peers' rows stand apart: a row file tells them by order alone."""
+    rows = []
+    for race, note, ours in (
+        ("nf4", "skinny", 4.0),
+        ("int8", "skinny", 20.0),
+        ("nf4", f"skinny; {report.AS_ARCH}80", 8.0),
+    ):
+        for M in (1, 16):
+            for provider, format, us in (("fastpeft", race, ours), ("torch", "bf16", 10.0)):
+                rows.append({"op": "qlinear", "direction": "fwd", "M": M, "N": 64, "K": 128})
+                rows[-1] |= {"R": 0, "dtype": "bfloat16", "provider": provider, "format": format}
+                rows[-1] |= {"us": us, "commit": "c"} | ({"note": note} if race == format else {})
+    rows.append({**rows[0], "note": f"{report.NATIVE}", "us": 99.0})  # raced nobody
+    rows.append({**rows[0], "commit": "another", "us": 99.0})
+    path = tmp_path / "rows.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    assert report.main([str(path), "--commit", "c"]) == 0
+    out = capsys.readouterr().out
+    assert "| nf4 | bfloat16 | bare | fwd | torch | 2 | 2.50 | 2, 0, 0 | 2.50 |" in out
+    assert "| int8 | bfloat16 | bare | fwd | torch | 2 | 0.50 | 0, 0, 2 | 0.50 |" in out
+    assert "| nf4, kernels of sm_80 | bfloat16 | bare | fwd | torch | 2 | 1.25 | 2, 0, 0" in out
+    assert "Against torch: 4 wins, 0 ties, 2 losses of 6" in out
+    assert "- int8 fwd bfloat16 64 x 128: M = 1 0.50, 16 0.50" in out
+    assert report.main([str(path), "--commit", "none"]) == 1
+
+
 def test_two_plots_beside_the_rows(tmp_path):
     pytest.importorskip("matplotlib", reason="matplotlib is not installed")
     drawn = report.plots(made_rows(), tmp_path / "rows")

@@ -46,6 +46,22 @@ TILES = [
         )
     )
 ]
+# small and odd layers at every class of tokens: N and K that are no multiples of 64, of 16, of 8;
+# both 16-bit types, with and without LoRA
+ODD_SHAPES = ((576, 576), (192, 576), (1536, 576), (576, 1536), (200, 648), (264, 100), (77, 333))
+ODD = [
+    Case("nf4", dtype, M, N, K, 16 if number % 2 else 0, bias=number % 3 == 0, number=number)
+    for number, (M, (N, K), dtype) in enumerate(
+        itertools.product(
+            (1, 2, 4, 8, 16, 32, 64, 128, 256, 512), ODD_SHAPES, ("bfloat16", "float16")
+        )
+    )
+]
+HALF = [
+    Case("nf4", "float16", M, 1024, 1536, R, number=M)
+    for M in (1, 2, 8, 16, 17, 32, 64, 128, 256, 512, 2048)
+    for R in (0, 16)
+]
 # a dense base and its branch as one product (tiles that fill the device), and gradients of the
 # factors from one pass over dy; then the ranks and tokens beside those
 LORA_SIZES = [
@@ -112,9 +128,17 @@ def capture(work):
     return graph, results
 
 
-@pytest.mark.parametrize("case", MODEL_SIZED + TILES + LORA_SIZES, ids=str)
+@pytest.mark.parametrize("case", MODEL_SIZED + TILES + ODD + HALF + LORA_SIZES, ids=str)
 def test_sizes_of_real_layers(cuda, case):
     kernelkit.check(case, cuda)
+
+
+@pytest.mark.parametrize("case", TILES[::3] + ODD[::4] + HALF[::2] + LORA_SIZES, ids=str)
+def test_second_run_is_bitwise_equal(cuda, case):
+    inputs = case.build(cuda)
+    first, second = kernelkit.run(inputs), kernelkit.run(inputs)
+    for name in first:
+        compare.assert_bitwise(first[name], second[name], f"{case} {name}")
 
 
 @pytest.mark.parametrize("M", TOKENS)

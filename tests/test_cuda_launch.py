@@ -30,6 +30,14 @@ LARGE = [
     Case("nf4", "bfloat16", 256, 4096, 4096, 16, number=2),
     Case("nf4", "bfloat16", 1024, 1024, 4096, 0, number=3),
     Case("int8", "bfloat16", 8, 4096, 4096, 16, number=4),
+    # few tokens, a tile's sum spread over the blocks of a cluster; all of a row of tiles in one
+    Case("nf4", "bfloat16", 64, 4096, 4096, 16, number=5),
+    Case("nf4", "bfloat16", 128, 1024, 4096, 64, number=6),
+    Case("nf4", "float16", 64, 4096, 1024, 16, number=7),
+    Case("int8", "bfloat16", 256, 4096, 1024, 16, number=8),
+    Case("llm.int8", "bfloat16", 512, 4096, 1024, 16, number=9),
+    # a dense base and its branch as one product; the factors' gradients over many tokens
+    Case("dense", "bfloat16", 2048, 4096, 512, 16, number=10),
 ]
 
 

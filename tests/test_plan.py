@@ -98,6 +98,23 @@ def test_int8_on_sm_90():
         assert _C.plan(**sizes, format="int8", arch=90, sm_count=132)["kernel"] != "wgmma"
 
 
+@pytest.mark.skipif(not _C.build_facts()["sm90a"], reason="built without sm_90a kernels")
+@pytest.mark.parametrize("direction", ["fwd", "dgrad"])
+def test_dense_base_takes_its_branch_along(direction):
+    """One product: many tokens, and tiles of 256 x 256 that fill the card."""
+
+    def is_one(M, N=4096, K=4096, R=16, machine=(90, 132), **more):
+        p = plan(M, N, K, machine, R=R, format="dense", direction=direction, **more)
+        assert p["kernel"] == "dense" and p["workspace_bytes"] == 0, p
+        return p["fuses_lora"]
+
+    assert is_one(8192) and is_one(4096) and is_one(8192, 14336, 4096, R=64)
+    assert not is_one(2048 + 256)  # 144 tiles on 66 pairs: three waves
+    assert not is_one(1000) and not is_one(8192, R=0) and not is_one(8192, R=72)
+    assert not is_one(8192, R=12) and not is_one(8192, K=4100) and not is_one(8192, N=4100)
+    assert not is_one(8192, dtype="float16") and not is_one(8192, machine=(80, 108))
+
+
 def test_same_problem_same_plan():
     for M in (1, 5, 100):
         first = _C.plan(M, 576, 1536, R=16, format="nf4", arch=90, sm_count=132)

@@ -359,10 +359,15 @@ def test_on_a_gpu(cuda, reentrant):
     torch.testing.assert_close(results[1][1], results[0][1], atol=1e-6, rtol=1e-3)
 
 
-def test_generation_on_a_gpu(cuda):
+@pytest.mark.parametrize("compiled", [False, True], ids=["eager", "compiled"])
+def test_generation_on_a_gpu(cuda, compiled):
+    """A static cache, as it is and as transformers compiles it (half a minute), against a growing
+    one.
+    """
     model = build("llama", "nf4").to(cuda, torch.bfloat16)
     fastpeft.attach(model, Prefix(P))
     ids, mask = (t.to(cuda) for t in padded())
     options = dict(max_new_tokens=6, do_sample=False, pad_token_id=0, attention_mask=mask)
+    options["disable_compile"] = not compiled
     static = model.generate(ids, cache_implementation="static", **options)
     assert torch.equal(static, model.generate(ids, **options))

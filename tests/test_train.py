@@ -17,6 +17,7 @@ from fastpeft.errors import ConfigError, StateError
 from fastpeft.train import Reporter, evaluate_run, load_recipe, resolve, train
 from fastpeft.train.blocks import BlockSequence, cut, hold_out, tokenize
 from fastpeft.train.folder import last_checkpoint
+from fastpeft.train.folders import quantize_folder
 from fastpeft.train.heldout import heldout_loss, windows
 from fastpeft.train.metrics import MetricsLog, read_rows
 from fastpeft.train.recipe import LEARNING_RATES, METHODS, write_recipe
@@ -323,6 +324,43 @@ def test_every_method_lowers_the_loss_and_reloads_to_the_same(folder, tmp_path, 
     states = summary["optimizer_bytes"]["optimizer states"]
     assert states == 8 * summary["trainable"]
     assert (summary["optimizer"] == "AdamW (fused), float32 master weights") == (name == "full")
+
+
+@pytest.mark.parametrize("save_as", ["fastpeft", "bitsandbytes"])
+@pytest.mark.parametrize("format", ["nf4", "int8"])
+def test_a_quantised_folder_trains_as_the_dense_one_does(folder, tmp_path, format, save_as):
+    packed = tmp_path / "packed"
+    options = {"blocksize": 32, "double_quant": False} if format == "nf4" else {"threshold": 5.0}
+    quantize_folder(
+        str(folder / "model"), packed, format, save_as=save_as, dtype="float32", **options
+    )
+    runs = {}
+    for name, model, more in (("dense", folder / "model", options), ("packed", packed, {})):
+        recipe = resolve(entries(folder, format=format, steps=4), {"model": str(model)}, more)
+        runs[name] = train(recipe, tmp_path / name)
+        written = load_recipe(tmp_path / name / "recipe.yaml")
+        assert all(written[key] == value for key, value in options.items())
+    rows = [
+        [row["loss"] for row in read_rows(tmp_path / name / "metrics.jsonl") if "loss" in row]
+        for name in runs
+    ]
+    assert len(rows[0]) == 6 and rows[0] == rows[1]
+    for fact in ("parameters", "dense_bytes", "base_bytes", "layer_dense_bytes", "layer_bytes"):
+        assert runs["dense"][fact] == runs["packed"][fact], fact
+    assert evaluate_run(tmp_path / "packed", "cpu")["difference"] <= 1e-6
+
+
+def test_a_quantised_folder_keeps_its_format(folder, tmp_path):
+    quantize_folder(str(folder / "model"), tmp_path / "packed", "nf4", dtype="float32")
+    for more, words in (
+        ({"format": "int8"}, ["format", "'int8'", "'nf4'", "quantised already"]),
+        ({"measure_dense": True}, ["measure_dense", "quantised already"]),
+    ):
+        recipe = resolve(entries(folder, steps=2), {"model": str(tmp_path / "packed")}, more)
+        with pytest.raises(ConfigError) as caught:
+            train(recipe, tmp_path / "run")
+        assert all(word in str(caught.value) for word in words)
+        assert not (tmp_path / "run" / "recipe.yaml").exists()
 
 
 def test_full_resumes_with_its_masters(folder, tmp_path):

@@ -243,6 +243,23 @@ Plan int8_activations_plan(const Problem& p) {
   return plan;
 }
 
+// Whether cuda/qlinear_dense.cu runs a dense base with its branch as one product (aligned pointers
+// aside): many tokens, and tiles of 256 x 256 that fill its pairs of multiprocessors nearly as well
+// as torch's smaller ones would.
+bool is_one_product(const Problem& p) {
+#ifdef FASTPEFT_HAS_SM90A
+  if (p.arch != 90 || p.dtype != DType::kBFloat16 || p.M < 1024 || p.M >= (1 << 24)) return false;
+  if (p.R == 0 || p.R > 64 || p.R % 8 != 0 || p.N % 8 != 0 || p.K % 8 != 0) return false;
+  const int64_t rows = p.direction == Direction::kFwd ? p.N : p.K;
+  const int64_t tiles = ceil_div<int64_t>(rows, 256) * ceil_div<int64_t>(p.M, 256);
+  const int64_t pairs = std::max(p.sm_count / 2, 1), waves = ceil_div(tiles, pairs);
+  return 10 * tiles >= 9 * waves * pairs;
+#else
+  (void)p;
+  return false;
+#endif
+}
+
 }  // namespace
 
 Plan make_plan(const Problem& p) {
@@ -251,6 +268,7 @@ Plan make_plan(const Problem& p) {
   Plan plan;
   if (p.format == Format::kDense) {
     plan.kernel = KernelId::kDense;
+    plan.fuses_lora = is_one_product(p);
     return plan;
   }
   const Choice wgmma = wgmma_choice(p), narrow = narrow_choice(p);

@@ -54,14 +54,6 @@ int Backend::arch() const {
   return 0;
 }
 
-bool Backend::runs_sm90a() const {
-#ifdef FASTPEFT_HAS_SM90A
-  return arch() == 90;
-#else
-  return false;
-#endif
-}
-
 int Backend::sm_count() const {
 #ifdef FASTPEFT_WITH_CUDA
   if (is_cuda_) return cuda::device_facts().sm_count;

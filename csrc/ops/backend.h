@@ -36,9 +36,8 @@ class Backend {
   explicit Backend(const Tensor& tensor);
   bool is_cuda() const { return is_cuda_; }
   Stream stream() const { return stream_; }
-  int arch() const;         // compute capability * 10; 0 on the CPU
-  int sm_count() const;     // multiprocessors, or threads
-  bool runs_sm90a() const;  // kernels for sm_90a alone are built, and this device runs them
+  int arch() const;      // compute capability * 10; 0 on the CPU
+  int sm_count() const;  // multiprocessors, or threads
 
  private:
   bool is_cuda_;

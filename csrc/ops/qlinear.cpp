@@ -145,17 +145,10 @@ void fused_fwd(const Backend& backend, const WeightArgs& w, const Plan& plan, DT
   FASTPEFT_RUN(backend, qlinear_fwd, p);
 }
 
-// Whether cuda/qlinear_dense.cu runs a dense base with its branch: many tokens, and tiles of 256 x
-// 256 that fill its pairs of multiprocessors nearly as well as torch's smaller ones would.
-bool is_one_product(const Backend& backend, const WeightView& w, Direction direction, DType dtype,
-                    int64_t M, int64_t R) {
-  if (!backend.runs_sm90a() || dtype != DType::kBFloat16 || M < 1024 || R > 64 || R % 8 != 0)
-    return false;
-  const int64_t rows = direction == Direction::kFwd ? w.N : w.K;
-  const int64_t tiles = ceil_div<int64_t>(rows, 256) * ceil_div<int64_t>(M, 256);
-  const int64_t pairs = backend.sm_count() / 2, waves = ceil_div(tiles, pairs);
-  return w.N % 8 == 0 && w.K % 8 == 0 && reinterpret_cast<uintptr_t>(w.codes) % 16 == 0 &&
-         10 * tiles >= 9 * waves * pairs;
+// A dense base with its branch as one product, which wants an aligned weight.
+bool is_one_product(const Plan& plan, const WeightView& w) {
+  return plan.kernel == KernelId::kDense && plan.fuses_lora &&
+         reinterpret_cast<uintptr_t>(w.codes) % 16 == 0;
 }
 
 void panels_fwd(const Backend& backend, const WeightArgs& w, DType dtype, int64_t panel_rows,
@@ -201,10 +194,8 @@ bool base_fwd(const Backend& backend, const WeightArgs& w, DType dtype, double t
         linear(y, x, w.codes, bias);
         return false;
       }
-      if (is_one_product(backend, w.view, Direction::kFwd, dtype, x.size(0), R)) {
-        Plan one = plan;
-        one.fuses_lora = true;
-        fused_fwd(backend, w, one, dtype, x, bias, lora, y);
+      if (is_one_product(plan, w.view)) {
+        fused_fwd(backend, w, plan, dtype, x, bias, lora, y);
         return true;
       }
       // Branch and bias first, then the product onto them: y is written twice and read once.
@@ -291,11 +282,10 @@ Tensor qlinear_dgrad(const Tensor& dy, const Tensor& codes, const OptionalTensor
   }
   if (M == 0) return dx;
   const Plan plan = plan_for(backend, w.view, Direction::kDgrad, dtype, M, R);
-  const bool is_one = plan.kernel == KernelId::kDense && ds && dropout_p == 0.0 &&
-                      is_one_product(backend, w.view, Direction::kDgrad, dtype, M, R);
+  const bool is_one = ds && dropout_p == 0.0 && is_one_product(plan, w.view);
   const bool is_fused = plan.kernel == KernelId::kFused || plan.kernel == KernelId::kWgmma ||
                         plan.kernel == KernelId::kNarrow || is_one;
-  const bool fuses_ds = is_fused && (plan.fuses_lora || is_one) && ds && dropout_p == 0.0;
+  const bool fuses_ds = is_fused && plan.fuses_lora && ds && dropout_p == 0.0;
   if (is_fused) {
     QLinearDgradParams p;
     p.w = w.view;

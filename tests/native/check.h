@@ -6,6 +6,18 @@ namespace native {
 
 inline int failures = 0, checks = 0;
 
+// Of every group's cases `test_kernels --small` runs one in `stride`, and `--part i/n` the i-th of
+// every n of those.
+inline int stride = 1, part = 0, parts = 1;
+inline int cases = 0, cases_run = 0;  // of the group
+
+inline bool is_left_out() {
+  const int number = cases++;
+  if (number % stride != 0 || number / stride % parts != part) return true;
+  ++cases_run;
+  return false;
+}
+
 inline void check(bool ok, const std::string& what) {
   ++checks;
   if (ok) return;
@@ -55,6 +67,8 @@ void test_quantizers();
 void test_tiles();
 void test_linears();
 void test_wide_linears();
+void test_nf4_tiles();
+void test_int8_tiles();
 void test_graph();
 void test_dropouts();
 void test_llm_int8s();

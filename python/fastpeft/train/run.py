@@ -23,7 +23,7 @@ from .heldout import heldout_loss, windows
 from .memory import memory_bytes, reset_peak, resident_bytes
 from .method import adapter_config, adapter_file_bytes, optimizer_plan, plan_text
 from .metrics import MetricsLog
-from .model import ADAPTER, freeze, load_dense, open_run, texts
+from .model import ADAPTER, freeze, load, open_run, texts
 from .recipe import Recipe, write_recipe
 from .reporter import Reporter
 
@@ -88,7 +88,7 @@ def train(
 
     libraries = resident_bytes(device)
     reporter.phase("loading", 2)
-    model, tokenizer = load_dense(recipe, device)
+    model, tokenizer = load(recipe, device)
     reporter.advance()
     blocks, held = texts(recipe, tokenizer)
     reporter.advance()
@@ -142,7 +142,7 @@ def measure_base(
     recipe.dtype = str(pick_dtype(recipe.dtype, device)).removeprefix("torch.")
     quiet_libraries()
     libraries = resident_bytes(device)
-    model, tokenizer = load_dense(recipe, device)
+    model, tokenizer = load(recipe, device)
     _, held = texts(recipe, tokenizer)
     log = MetricsLog(Path(output) / "metrics.jsonl")
     before, count = measure_heldout(model, held, recipe.seq_len, reporter, "loss of dense base")
