@@ -116,12 +116,15 @@ Choice wgmma_choice(const Problem& p) {
 // blocks share, fitted to an H200: a launch, then for each wave of blocks a start and its k-blocks.
 // Clusters of 4 find 30 places on 132 multiprocessors. us, model / measured:
 //   tile    forward                                       gradient
-//   64x16   4096x4096 6.7 / 6.7, 8192x8192 15.4 / 15.4    14336x4096 14.9 / 14.9
-//   64x64   4096x4096 8.4 / 8.3, 4096x14336 18.7 / 18.9   28672x8192 63 / 66
-//   64x128  4096x4096 11.5 / 12.0 (M = 128)               4096x4096 18.2 / 17.6 (M = 256)
-//   128x16  14336x4096 14.7 / 14.1, 28672x8192 48 / 47.5  4096x14336 15.4 / 15.9
-//   128x64  14336x4096 19.8 / 18.5, 28672x8192 65 / 64    4096x14336 21.4 / 22.4
-//   128x128 14336x4096 26.3 / 25.3, 28672x8192 96 / 92    28672x8192 91 / 92
+//   64x16   4096x4096 6.8 / 6.9, 8192x8192 15.8 / 15.6    14336x4096 15.1 / 15.0
+//   64x32   4096x4096 7.3 / 7.2                           28672x8192 52.7 / 52.7
+//   64x64   4096x4096 8.4 / 8.4, 4096x14336 18.5 / 17.9   28672x8192 61.9 / 64.4
+//   64x128  4096x4096 11.6 / 12.2 (M = 128)               4096x4096 17.9 / 17.6 (M = 256)
+//   128x16  14336x4096 14.3 / 13.7, 28672x8192 46.6/46.6   4096x14336 15.0 / 15.7
+//   128x32  14336x4096 15.5 / 14.7, 28672x8192 50.4/50.1   4096x14336 16.3 / 17.3
+//   128x64  14336x4096 19.1 / 18.0, 28672x8192 63 / 64      4096x14336 20.0 / 21.0
+//   128x128 14336x4096 25.8 / 25.9, 28672x8192 94 / 95    28672x8192 86.5 / 87.8
+// Where power limits, 128x128 takes up to 11 % longer (8192x8192, M = 256: 47.7 / 53.4).
 double narrow_us(const Problem& p, int64_t rows, int64_t tokens, int64_t split) {
   const bool is_fwd = p.direction == Direction::kFwd, is_tall = rows == 128;
   const int64_t outputs = is_fwd ? p.N : p.K, kblocks = ceil_div<int64_t>(is_fwd ? p.K : p.N, 64);
@@ -131,10 +134,10 @@ double narrow_us(const Problem& p, int64_t rows, int64_t tokens, int64_t split) 
   const double waves = double(ceil_div(clusters, std::max<int64_t>(places, 1)));
   const double each = double(ceil_div(kblocks, split));
   const int width = tokens == 16 ? 0 : tokens == 32 ? 1 : tokens == 64 ? 2 : 3;
-  constexpr double kLow[4] = {0.097, 0.106, 0.128, 0.209}, kTall[4] = {0.151, 0.161, 0.206, 0.345};
-  constexpr double kLowStart[4] = {1.8, 2.0, 2.5, 3.0}, kTallStart[4] = {3.7, 4.3, 5.0, 2.8};
+  constexpr double kLow[4] = {0.100, 0.107, 0.126, 0.205}, kTall[4] = {0.150, 0.160, 0.205, 0.342};
+  constexpr double kLowStart[4] = {1.8, 2.1, 2.6, 3.2}, kTallStart[4] = {3.5, 4.1, 4.8, 2.7};
   const double block =
-      is_tall ? kTall[width] * (is_fwd ? 1.0 : 1.07) : kLow[width] * (is_fwd ? 1.0 : 1.04);
+      is_tall ? kTall[width] * (is_fwd ? 1.0 : 1.07) : kLow[width] * (is_fwd ? 1.0 : 1.03);
   const double start = (is_tall ? kTallStart : kLowStart)[width];
   return 1.2 + waves * (start + each * block) + (split > 1 ? 0.6 : 0.0);
 }
