@@ -1,12 +1,12 @@
-// int8 x bf16 GEMM for Hopper (sm_90a): weights become bf16 in registers, forward and input
-// gradient from the same row-major bytes, no 16-bit copy of W.
+// int8 x 16-bit GEMM for Hopper (sm_90a): weights become bf16 or fp16 in registers, forward and
+// input gradient from the same row-major bytes, no 16-bit copy of W.
 //
 //   forward   y [M, N] = (x codes^T) absmax / 127 + bias + scaling * s B^T   rows = n, reduction =
 //   k dgrad     dx[M, K] = dy (absmax / 127 codes) + ds A                      rows = k, reduction
-//   = n codes int8 [N, K], absmax [N]; x [M, K], dy [M, N], s, ds [M, R], B [N, R], A [R, K] bf16
+//   = n codes int8 [N, K], absmax [N]; x [M, K], dy [M, N], s, ds [M, R], B [N, R], A [R, K] 16 bit
 //
 // Computed transposed (y^T = W x^T) like qlinear_wgmma.cu: decoded weights are wgmma's A operand,
-// activations its B, by TMA. Codes are exact in bf16 (int8_decode.cuh), 7 instructions for 4
+// activations its B, by TMA. Codes are exact in 16 bit (int8_decode.cuh), 7 instructions for 4
 // weights. A lane's MMA rows g, g + 8 are neighbouring outputs, which the epilogue packs into one
 // word.
 //
@@ -16,17 +16,22 @@
 //            epilogue, in float32.
 //   dgrad:   tile [64 n][128 bytes k], 128-byte swizzle. ldmatrix.trans hands a lane k 2g, 2g+1 of
 //            rows n 2t, 2t+1: even bytes are MMA row g, odd ones row g + 8. Scales belong to the
-//            reduction: bf16, one packed multiply a pair (warp 1 of the producer writes them).
+//            reduction: 16 bit, one packed multiply a pair (warp 1 of the producer writes them).
+//            fp16 holds them 64 times as large, undone behind the sums: absmax down to 1.2e-4 stays
+//            normal.
 //
 // Work: tile 128 rows x kTokens tokens x 64. Warpgroup 0 = producer, 1 and 2 = consumers with 64
 // rows each. Blocks come in clusters of two: where the last wave of tiles fills at most half of the
 // blocks, the two share a tile, each half of the reduction, and exchange sums of half of the tokens
-// through distributed shared memory: nobody waits for a block that may not be resident. Bound:
-// tensor cores from M = 256 (1024 clocks a k-block of 256 tokens against about 120 issue slots of
-// decode a warp); few tokens: reading W, 8 KB a k-block.
+// through distributed shared memory: nobody waits for a block that may not be resident. With a
+// split of 3 or 4 (few tokens, few row tiles) every tile is shared so by a cluster of that size.
+// Tiles of 64 tokens let two blocks live on a multiprocessor. Bound: tensor cores from M = 256
+// (1024 clocks a k-block of 256 tokens); few tokens: decoding, 520 clocks a k-block of 8 KB (140
+// instructions a warp, most of them at half rate) against 260 of reading W.
 #include <algorithm>
 
 #include "dependent_launch.cuh"
+#include "device/exchange.cuh"
 #include "device/sm90.cuh"
 #include "device/tensor_map.cuh"
 #include "device/tiles.cuh"
@@ -47,29 +52,60 @@ struct GemmArgs {
   int N = 0;        // rows of W
   int kblocks = 0;  // reduction / 64
   int tiles_r = 0, tiles_t = 0;
-  int x_bytes = 0;                // of a stage of x: few tokens fill only part of a tile
-  const float* absmax = nullptr;  // [N]
-  const bf16* bias = nullptr;     // [rows] or null
-  const bf16* lora = nullptr;     // forward: B [N, R]; dgrad: A [R, K]
+  int split = 1;                   // 3, 4: every tile is shared by a cluster of that size
+  int x_bytes = 0;                 // of a stage of x: few tokens fill only part of a tile
+  const float* absmax = nullptr;   // [N]
+  const void* bias = nullptr;      // [rows] or null
+  const uint16_t* lora = nullptr;  // forward: B [N, R]; dgrad: A [R, K]
   int R = 0;
   float scaling = 1.0f;  // forward only; ds carries it in dgrad
 };
 
-template <bool kDgrad_, int kTokens_>
+template <class T_, bool kDgrad_, int kTokens_>
 struct Config {
+  using T = T_;
   static constexpr bool kDgrad = kDgrad_;
   static constexpr int kTokens = kTokens_;
-  static constexpr int kStages = kTokens == 256 ? 4 : 6;
+  static constexpr float kRange = kDgrad && std::is_same_v<T, fp16> ? 64.0f : 1.0f;  // of weights
+  static constexpr int kStages = kTokens == 256 ? 4 : kTokens == 128 ? 6 : 5;
+  // Of a multiprocessor, and registers of producer and consumers: 30720 or 64512 a block.
+  static constexpr int kBlocks = kTokens == 64 ? 2 : 1;
   static constexpr int kXBytes = kTokens * kBlockK * 2, kWBytes = kRows * kBlockK;
   static constexpr int kSBytes = kBlockK * 2;  // scales of dgrad
   static constexpr int kWAt = kStages * kXBytes, kSAt = kWAt + kStages * kWBytes;
-  // Output staging, 128 tokens for each consumer warpgroup.
-  static constexpr int kOutBytes = 128 * 128;
+  // A quarter of the tokens: what a block of a shared tile owns one or two of.
+  static constexpr int kPieceTokens = kTokens / 4, kPieceSums = kPieceTokens / 2;
+  // Output staging for each consumer warpgroup.
+  static constexpr int kOutTokens = kTokens < 128 ? kTokens : 128, kOutBytes = kOutTokens * 128;
   static constexpr int kOutAt = (kSAt + kStages * kSBytes + 1023) / 1024 * 1024;
   static constexpr int kBarAt = kOutAt + 2 * kOutBytes;
   static constexpr int kShared = kBarAt + 16 * kStages + 16 + 1024;
-  static_assert(kShared <= 232448, "shared memory of sm_90");
-  static_assert(kWAt >= kTokens / 2 * kRows * 4, "the exchange reuses the ring of x");
+  static_assert(kBlocks * (kShared + 1024) <= 233472, "shared memory of sm_90");
+  static_assert(kWAt >= kTokens * kRows * 4, "the exchange reuses the ring of x");
+};
+
+// Whole tiles with the last wave cut over clusters of two, or every tile cut over its cluster.
+struct Schedule {
+  CutSchedule cut;
+  int split;
+
+  FASTPEFT_DEVICE explicit Schedule(const GemmArgs& a)
+      : cut(a.tiles_r, a.tiles_t, a.kblocks), split(a.split) {}
+  FASTPEFT_DEVICE int count() const { return split == 1 ? cut.count() : 1; }
+  FASTPEFT_DEVICE int sharers() const { return split == 1 ? 2 : split; }  // of a shared tile
+  FASTPEFT_DEVICE Item at(int i) const {
+    if (split == 1) return cut.at(i);
+    const int tile = int(blockIdx.x) / split, part = int(blockIdx.x) % split;
+    const TilePlace place = tile_place<CutSchedule::kGroup>(tile, cut.tiles_r, cut.tiles_t);
+    Item item;
+    item.row = place.row;
+    item.token = place.token;
+    item.begin = cut.kblocks * part / split;
+    item.end = cut.kblocks * (part + 1) / split;
+    item.shared = true;
+    return item;
+  }
+  FASTPEFT_DEVICE bool is_last(const Item& item) const { return item.end == cut.kblocks; }
 };
 
 struct Maps {
@@ -77,7 +113,7 @@ struct Maps {
 };
 
 template <class C>
-FASTPEFT_DEVICE void load_tiles(const Maps& maps, const GemmArgs& a, const CutSchedule& schedule,
+FASTPEFT_DEVICE void load_tiles(const Maps& maps, const GemmArgs& a, const Schedule& schedule,
                                 uint32_t base, uint32_t full0, uint32_t empty0) {
   for (const CUtensorMap* m : {&maps.x, &maps.w, &maps.y}) tma_prefetch_map(m);
   wait_for_predecessor();
@@ -96,7 +132,7 @@ FASTPEFT_DEVICE void load_tiles(const Maps& maps, const GemmArgs& a, const CutSc
       tma_load_2d(base + ring.stage * C::kXBytes, &maps.x, full, kb * kBlockK,
                   item.token * C::kTokens);
     }
-    if (a.R > 0 && item.end == schedule.kblocks) {  // the tokens' low-rank factor, zeros beyond R
+    if (a.R > 0 && schedule.is_last(item)) {  // the tokens' low-rank factor, zeros beyond R
       barrier_wait(empty0 + 8 * ring.stage, ring.phase);
       barrier_expect(full0 + 8 * ring.stage, a.x_bytes);
       tma_load_2d(base + ring.stage * C::kXBytes, &maps.s, full0 + 8 * ring.stage, 0,
@@ -106,11 +142,12 @@ FASTPEFT_DEVICE void load_tiles(const Maps& maps, const GemmArgs& a, const CutSc
   }
 }
 
-// dgrad: a warp writes bf16(absmax / 127) of the 64 rows of each k-block, a lane two. Rows past N
+// dgrad: a warp writes absmax / 127 of the 64 rows of each k-block, a lane two. Rows past N
 // meet zeros of dy: clamped, as any finite scale will do.
 template <class C>
-FASTPEFT_DEVICE void load_scales(const GemmArgs& a, const CutSchedule& schedule, uint32_t base,
+FASTPEFT_DEVICE void load_scales(const GemmArgs& a, const Schedule& schedule, uint32_t base,
                                  uint32_t full0, uint32_t empty0) {
+  constexpr float kStep = kInt8Step * C::kRange;
   const int lane = threadIdx.x & 31;
   const uint32_t to = base + C::kSAt + lane * 4;
   Ring<C::kStages> ring(1);
@@ -133,12 +170,12 @@ FASTPEFT_DEVICE void load_scales(const GemmArgs& a, const CutSchedule& schedule,
         if (kb + j >= item.end) break;
         barrier_wait(empty0 + 8 * ring.stage, ring.phase);
         asm volatile("st.shared.b32 [%0], %1;" ::"r"(to + ring.stage * C::kSBytes),
-                     "r"(pack_bf16(v[j].x * kInt8Step, v[j].y * kInt8Step))
+                     "r"(pack_pair<typename C::T>(v[j].x * kStep, v[j].y * kStep))
                      : "memory");
         publish();
       }
     }
-    if (a.R > 0 && item.end == schedule.kblocks) {  // the low-rank stage has no scales
+    if (a.R > 0 && schedule.is_last(item)) {  // the low-rank stage has no scales
       barrier_wait(empty0 + 8 * ring.stage, ring.phase);
       publish();
     }
@@ -153,21 +190,22 @@ FASTPEFT_DEVICE uint32_t load_shared_u16(uint32_t a) {
 
 template <class C>
 struct Consumer {
+  using T = typename C::T;
   static constexpr bool kDgrad = C::kDgrad;
   static constexpr int kSums = C::kTokens / 2;
   const Maps& maps;
   const GemmArgs& a;
-  const CutSchedule& schedule;
+  const Schedule& schedule;
   const uint32_t base, full0, empty0, ready;
   const int cw, warp, lane, g, t;
   const int swap;  // forward: MMA rows g, g + 8 are outputs 2g + swap, 2g + 1 - swap
   const uint32_t out;
   uint32_t w_lane, s_lane;  // offsets of this lane inside a stage
-  ByteDecoder<bf16> decoder;
+  ByteDecoder<T> decoder;
   Ring<C::kStages> ring;
   float acc[kSums];
 
-  FASTPEFT_DEVICE Consumer(const Maps& maps, const GemmArgs& a, const CutSchedule& schedule,
+  FASTPEFT_DEVICE Consumer(const Maps& maps, const GemmArgs& a, const Schedule& schedule,
                            uint32_t base, uint32_t full0, uint32_t empty0, uint32_t ready)
       : maps(maps),
         a(a),
@@ -191,6 +229,12 @@ struct Consumer {
     s_lane = opaque(base + C::kSAt + 4 * t);
   }
 
+  FASTPEFT_DEVICE static uint32_t multiply_pair(uint32_t a, uint32_t b) {
+    if constexpr (std::is_same_v<T, bf16>)
+      return mul_bf16x2(a, b);
+    else
+      return mul_fp16x2(a, b);
+  }
   FASTPEFT_DEVICE void release(int stage) const {
     if (lane == 0) barrier_arrive(empty0 + 8 * stage);
   }
@@ -226,7 +270,7 @@ struct Consumer {
       const uint32_t first = load_shared_u32(s_stage + step * 32);
       const uint32_t second = load_shared_u32(s_stage + step * 32 + 16);
 #pragma unroll
-      for (int e = 0; e < 4; e++) f[e] = mul_bf16x2(f[e], e < 2 ? first : second);
+      for (int e = 0; e < 4; e++) f[e] = multiply_pair(f[e], e < 2 ? first : second);
     } else {
       decoder.word(w[2 * step], f[0], f[2]);
       decoder.word(w[2 * step + 1], f[1], f[3]);
@@ -274,7 +318,7 @@ struct Consumer {
     wgmma_fence();
 #pragma unroll
     for (int step = 0; step < 4; step++)  // zeros beyond R
-      WgmmaRS<C::kTokens>::mma(acc, f[step], desc + 2 * step, 1);
+      WgmmaRS<C::kTokens>::template mma<T>(acc, f[step], desc + 2 * step, 1);
     wgmma_commit();
     const int stage = ring.stage;
     ring.advance();
@@ -306,7 +350,8 @@ struct Consumer {
                      : "+r"(f[step][0]), "+r"(f[step][1]), "+r"(f[step][2]),
                        "+r"(f[step][3])::"memory");
         wgmma_fence();
-        WgmmaRS<C::kTokens>::mma(acc, f[step], desc + 2 * step, kb > item.begin || step > 0);
+        WgmmaRS<C::kTokens>::template mma<T>(acc, f[step], desc + 2 * step,
+                                             kb > item.begin || step > 0);
         wgmma_commit();
       }
       if (kb + 1 < item.end) fetch(w);  // behind the wgmmas in flight
@@ -318,8 +363,8 @@ struct Consumer {
   }
 
   // y = sums * factor + shift of the two rows: transposed through shared memory ([token][64 rows],
-  // 128-byte swizzle), TMA store of what this block owns, 128 tokens at a time.
-  FASTPEFT_DEVICE void store(const Item& item, uint32_t half, const float (&factor)[2],
+  // 128-byte swizzle), TMA store of the pieces that this block owns, up to 128 tokens at a time.
+  FASTPEFT_DEVICE void store(const Item& item, const Sharing& sharing, const float (&factor)[2],
                              const float (&shift)[2]) {
     const uint32_t order = swap ? 0x1032 : 0x3210;
     const uint32_t chunk = 2 * warp + (g >> 2);
@@ -327,79 +372,79 @@ struct Consumer {
     const uint32_t e1 = out + (2 * t + 1) * 128 + ((chunk ^ (2 * t + 1)) << 4) + (g & 3) * 4;
     const auto put = [&](uint32_t at, float top, float bottom) {
       const uint32_t v =
-          pack_bf16(fmaf(top, factor[0], shift[0]), fmaf(bottom, factor[1], shift[1]));
+          pack_pair<T>(fmaf(top, factor[0], shift[0]), fmaf(bottom, factor[1], shift[1]));
       asm volatile("st.shared.b32 [%0], %1;" ::"r"(at), "r"(kDgrad ? v : permute_bytes(v, v, order))
                    : "memory");
     };
-    constexpr int kGroups = C::kTokens / 64;
-    const auto mine = [&](int group) {
-      return !item.shared || uint32_t(group * 2 / kGroups) == half;
-    };
+    constexpr int kPieces = C::kOutTokens / C::kPieceTokens, kPieceBytes = C::kPieceTokens * 128;
 #pragma unroll
-    for (int group = 0; group < kGroups; group++) {
-      if (group % 2 == 0) {
-        if ((threadIdx.x & 127) == 0) store_wait_read();
-        named_barrier(1 + cw, 128);
-      }
-      if (mine(group)) {
+    for (int first = 0; first < 4; first += kPieces) {
+      if ((threadIdx.x & 127) == 0) store_wait_read();
+      named_barrier(1 + cw, 128);
 #pragma unroll
-        for (int j = 0; j < 8; j++) {
-          const float* v = acc + 4 * (8 * group + j);
-          put(e0 + (group % 2) * 8192 + j * 1024, v[0], v[2]);
-          put(e1 + (group % 2) * 8192 + j * 1024, v[1], v[3]);
+      for (int i = 0; i < kPieces; i++) {
+        if (!sharing.owns(first + i)) continue;
+#pragma unroll
+        for (int j = 0; j < C::kPieceTokens / 8; j++) {
+          const float* v = acc + (first + i) * C::kPieceSums + 4 * j;
+          put(e0 + i * kPieceBytes + j * 1024, v[0], v[2]);
+          put(e1 + i * kPieceBytes + j * 1024, v[1], v[3]);
         }
       }
-      if (group % 2 == 0) continue;
       fence_async_proxy();
       named_barrier(1 + cw, 128);
       if ((threadIdx.x & 127) == 0) {
 #pragma unroll
-        for (int i = group - 1; i <= group; i++)
-          if (mine(i))
-            tma_store_2d(&maps.y, out + (i % 2) * 8192, item.row * kRows + cw * 64,
-                         item.token * C::kTokens + i * 64);
+        for (int i = 0; i < kPieces; i++)
+          if (sharing.owns(first + i))
+            tma_store_2d(&maps.y, out + i * kPieceBytes, item.row * kRows + cw * 64,
+                         item.token * C::kTokens + (first + i) * C::kPieceTokens);
         store_commit();
       }
     }
   }
 
   FASTPEFT_DEVICE void run() {
-    const uint32_t half = cluster_rank();
     if (a.R > 0 || a.bias) wait_for_predecessor();
     for (int i = 0, items = schedule.count(); i < items; i++) {
       const Item item = schedule.at(i);
       const int row = item.row * kRows + cw * 64 + warp * 16 + 2 * g;
-      float factor[2] = {1.0f, 1.0f}, shift[2] = {0.0f, 0.0f};
+      float factor[2] = {1.0f / C::kRange, 1.0f / C::kRange}, shift[2] = {0.0f, 0.0f};
       if (!kDgrad && row < a.rows) {  // rows come in pairs: N % 8 == 0
 #pragma unroll
         for (int e = 0; e < 2; e++) {
           const int n = row + (e ^ swap);
           factor[e] = a.absmax[n] * kInt8Step;
-          if (a.bias) shift[e] = __bfloat162float(a.bias[n]);
+          if (a.bias) shift[e] = to_acc(static_cast<const T*>(a.bias)[n]);
         }
       }
       multiply(item);
       int in_use = -1;
       if (a.R > 0) {
-        if (!kDgrad) {  // in units of s B^T before that is added
+        if (!kDgrad || C::kRange != 1.0f) {  // in units of the branch before that is added
 #pragma unroll
           for (int e = 0; e < kSums; e++) acc[e] *= factor[e / 2 % 2] / a.scaling;
           factor[0] = factor[1] = a.scaling;
         }
-        if (item.end == schedule.kblocks) in_use = add_lora(row);
+        if (schedule.is_last(item)) in_use = add_lora(row);
       }
       wgmma_wait<0>();
       pin();
       if (in_use >= 0) release(in_use);
-      if (item.shared) exchange_halves<C::kTokens>(acc, base, ready, half);
-      store(item, half, factor, shift);
+      Sharing sharing;
+      if (item.shared) {
+        sharing.rank = int(cluster_rank());
+        sharing.sharers = schedule.sharers();
+        exchange_pieces<C::kTokens>(acc, base, ready, sharing);
+      }
+      store(item, sharing, factor, shift);
     }
     if ((threadIdx.x & 127) == 0) store_wait();
   }
 };
 
 template <class C>
-__global__ void __launch_bounds__(kThreads, 1)
+__global__ void __launch_bounds__(kThreads, C::kBlocks)
     int8_weight_wgmma_kernel(const __grid_constant__ Maps maps,
                              const __grid_constant__ GemmArgs a) {
 #if defined(__CUDA_ARCH_FEAT_SM90_ALL)
@@ -412,20 +457,20 @@ __global__ void __launch_bounds__(kThreads, 1)
       barrier_init(full0 + 8 * i, C::kDgrad ? 2 : 1);  // TMA's expectation, the scale warp
       barrier_init(empty0 + 8 * i, 8);                 // consumer warps
     }
-    barrier_init(ready, 8);
+    barrier_init(ready, 8 * (Schedule(a).sharers() - 1));
     barrier_init_fence();
     fence_async_proxy();
   }
   cluster_sync();
   launch_dependents();
-  const CutSchedule schedule(a.tiles_r, a.tiles_t, a.kblocks);
+  const Schedule schedule(a);
   if (threadIdx.x < 128) {
-    asm volatile("setmaxnreg.dec.sync.aligned.u32 40;");
+    asm volatile("setmaxnreg.dec.sync.aligned.u32 %0;" ::"n"(C::kBlocks == 2 ? 32 : 40));
     if (threadIdx.x == 0) load_tiles<C>(maps, a, schedule, base, full0, empty0);
     if (C::kDgrad && threadIdx.x / 32 == 1) load_scales<C>(a, schedule, base, full0, empty0);
     __syncwarp();
   } else {
-    asm volatile("setmaxnreg.inc.sync.aligned.u32 232;");
+    asm volatile("setmaxnreg.inc.sync.aligned.u32 %0;" ::"n"(C::kBlocks == 2 ? 104 : 232));
     Consumer<C>(maps, a, schedule, base, full0, empty0, ready).run();
   }
   cluster_sync();  // no block leaves while its neighbour reads its shared memory
@@ -436,10 +481,11 @@ __global__ void __launch_bounds__(kThreads, 1)
 template <class C>
 void launch(const GemmArgs& a, const Maps& maps, int sm_count, Stream stream) {
   allow_shared_memory(reinterpret_cast<const void*>(int8_weight_wgmma_kernel<C>), C::kShared);
-  const int total = a.tiles_r * a.tiles_t, blocks = sm_count / 2 * 2;
+  const int total = a.tiles_r * a.tiles_t, blocks = sm_count / 2 * 2 * C::kBlocks;
+  const int wanted = a.split > 1 ? a.split * total : total >= blocks ? blocks : 2 * total;
   launch_kernel(int8_weight_wgmma_kernel<C>, "int8_weight_wgmma_kernel",
-                dim3(unsigned(total >= blocks ? blocks : std::min(blocks, 2 * total))), kThreads,
-                C::kShared, stream, 2, maps, a);
+                dim3(unsigned(a.split > 1 ? wanted : std::min(blocks, wanted))), kThreads,
+                C::kShared, stream, a.split > 1 ? a.split : 2, maps, a);
 }
 
 // W as bytes: forward 64 columns of 128 rows, dgrad 128 columns of 64 rows.
@@ -456,9 +502,10 @@ CUtensorMap byte_map(const WeightView& w, bool is_dgrad) {
   return map;
 }
 
-template <bool kDgrad>
-void run(const WeightView& w, GemmArgs a, const void* x, const void* s, void* y, int tokens,
+template <class T, bool kDgrad>
+void run(const WeightView& w, GemmArgs a, const void* x, const void* s, void* y, const Plan& plan,
          Stream stream) {
+  const int tokens = int(plan.tile_tokens);
   const int64_t reduction = kDgrad ? w.N : w.K;
   a.rows = int(kDgrad ? w.K : w.N);
   a.N = int(w.N);
@@ -466,19 +513,24 @@ void run(const WeightView& w, GemmArgs a, const void* x, const void* s, void* y,
   a.tiles_r = ceil_div(a.rows, kRows);
   a.tiles_t = ceil_div(a.M, tokens);
   a.absmax = static_cast<const float*>(w.scales);
+  a.split = int(plan.split);
+  FASTPEFT_CHECK(a.split == 1 || (a.split > 2 && a.split <= 4 && a.kblocks >= a.split),
+                 "int8_weight_wgmma: split = ", a.split, ", reduction ", reduction);
   const int box = std::min<int>(tokens, round_up(a.M, 8));
   a.x_bytes = box * kBlockK * 2;
   bind_context();
   Maps maps;
   maps.x = matrix_map(x, reduction, a.M, kBlockK, box);
   maps.w = byte_map(w, kDgrad);
-  maps.y = matrix_map(y, a.rows, a.M, 64, 64);
+  maps.y = matrix_map(y, a.rows, a.M, 64, uint32_t(tokens / 4));
   maps.s = a.R ? matrix_map(s, a.R, a.M, 64, box) : maps.x;
   const int sm_count = device_facts().sm_count;
   if (tokens == 256)
-    launch<Config<kDgrad, 256>>(a, maps, sm_count, stream);
+    launch<Config<T, kDgrad, 256>>(a, maps, sm_count, stream);
+  else if (tokens == 128)
+    launch<Config<T, kDgrad, 128>>(a, maps, sm_count, stream);
   else
-    launch<Config<kDgrad, 128>>(a, maps, sm_count, stream);
+    launch<Config<T, kDgrad, 64>>(a, maps, sm_count, stream);
 }
 
 }  // namespace
@@ -488,17 +540,19 @@ void int8_weight_wgmma_fwd(const QLinearFwdParams& p) {
   a.M = int(p.M);
   a.R = p.s && p.scaling != 0.0f ? int(p.R) : 0;
   a.scaling = p.scaling;
-  a.bias = static_cast<const bf16*>(p.bias);
-  a.lora = static_cast<const bf16*>(p.lora_b);
-  run<false>(p.w, a, p.x, p.s, p.y, int(p.plan.tile_tokens), p.stream);
+  a.bias = p.bias;
+  a.lora = static_cast<const uint16_t*>(p.lora_b);
+  const auto run_it = p.dtype == DType::kBFloat16 ? run<bf16, false> : run<fp16, false>;
+  run_it(p.w, a, p.x, p.s, p.y, p.plan, p.stream);
 }
 
 void int8_weight_wgmma_dgrad(const QLinearDgradParams& p) {
   GemmArgs a;
   a.M = int(p.M);
   a.R = p.ds ? int(p.R) : 0;
-  a.lora = static_cast<const bf16*>(p.lora_a);
-  run<true>(p.w, a, p.dy, p.ds, p.dx, int(p.plan.tile_tokens), p.stream);
+  a.lora = static_cast<const uint16_t*>(p.lora_a);
+  const auto run_it = p.dtype == DType::kBFloat16 ? run<bf16, true> : run<fp16, true>;
+  run_it(p.w, a, p.dy, p.ds, p.dx, p.plan, p.stream);
 }
 
 }  // namespace fastpeft::cuda

@@ -178,14 +178,11 @@ __global__ void __launch_bounds__(kThreads, 2) lora_expand_kernel(const __grid_c
   }
 }
 
+// [adds][drops]
 template <class T>
-void launch(const LoraExpandParams& p, const Args& a, dim3 grid) {
-  const bool drops = p.p > 0.0f;
-  const auto kernel =
-      p.add ? (drops ? lora_expand_kernel<T, true, true> : lora_expand_kernel<T, true, false>)
-            : (drops ? lora_expand_kernel<T, false, true> : lora_expand_kernel<T, false, false>);
-  launch_kernel(kernel, "lora_expand_kernel", grid, kThreads, 0, p.stream, 1, a);
-}
+constexpr void (*kKernels[2][2])(Args) = {
+    {lora_expand_kernel<T, false, false>, lora_expand_kernel<T, false, true>},
+    {lora_expand_kernel<T, true, false>, lora_expand_kernel<T, true, true>}};
 
 }  // namespace
 
@@ -215,7 +212,8 @@ void lora_expand(const LoraExpandParams& p) {
   const int64_t wanted = ceil_div<int64_t>(device_facts().sm_count * 2, columns);
   a.tokens = int(round_up<int64_t>(ceil_div<int64_t>(p.M, wanted), kTokens));
   const dim3 grid(unsigned(columns), unsigned(ceil_div<int64_t>(p.M, a.tokens)));
-  is_bf16 ? launch<bf16>(p, a, grid) : launch<fp16>(p, a, grid);
+  const auto kernel = (is_bf16 ? kKernels<bf16> : kKernels<fp16>)[p.add][p.p > 0.0f];
+  launch_kernel(kernel, "lora_expand_kernel", grid, kThreads, 0, p.stream, 1, a);
 }
 
 }  // namespace fastpeft::cuda

@@ -285,28 +285,32 @@ __global__ void __launch_bounds__(kThreads, kRank* kTok <= 8 ? 2 : 1)
   }
 }
 
-using Kernel = void (*)(Args);
+// The instances for one size of tile.
 struct Config {
-  Kernel kernel;
-  int tokens, slot, sums;  // tokens a tile; bytes
+  void (*plain)(Args);
+  void (*dropping)(Args);
+  void (*transposed)(Args);
+  int tokens, ranks, slot, sums;  // of a tile; bytes
 };
-
 template <class T, int kTok, int kRank>
-Config configure(bool is_transposed, bool drops) {
-  const Kernel kernel = is_transposed ? lora_shrink_kernel<T, kTok, kRank, true, false>
-                        : drops       ? lora_shrink_kernel<T, kTok, kRank, false, true>
-                                      : lora_shrink_kernel<T, kTok, kRank, false, false>;
-  return {kernel, 16 * kTok, slot_bytes<kTok, kRank>(), sum_bytes<kTok, kRank>()};
+constexpr Config config_of() {
+  return {lora_shrink_kernel<T, kTok, kRank, false, false>,
+          lora_shrink_kernel<T, kTok, kRank, false, true>,
+          lora_shrink_kernel<T, kTok, kRank, true, false>,
+          16 * kTok,
+          8 * kRank,
+          slot_bytes<kTok, kRank>(),
+          sum_bytes<kTok, kRank>()};
 }
+template <class T>
+constexpr Config kConfigs[] = {config_of<T, 1, 2>(), config_of<T, 4, 2>(), config_of<T, 1, 8>(),
+                               config_of<T, 2, 8>(), config_of<T, 4, 8>()};
 
 template <class T>
-Config pick(int tokens, bool is_high, bool is_transposed, bool drops) {
-  if (!is_high)
-    return tokens == 16 ? configure<T, 1, 2>(is_transposed, drops)
-                        : configure<T, 4, 2>(is_transposed, drops);
-  return tokens == 16   ? configure<T, 1, 8>(is_transposed, drops)
-         : tokens == 32 ? configure<T, 2, 8>(is_transposed, drops)
-                        : configure<T, 4, 8>(is_transposed, drops);
+const Config& pick(int tokens, int64_t R) {
+  const Config* config = kConfigs<T>;
+  while (config->tokens != tokens || config->ranks < R) ++config;
+  return *config;
 }
 
 // Tokens a tile: 64 (F is read M / 64 times) once eight blocks a tile fill most of the device. With
@@ -336,8 +340,8 @@ void lora_shrink(const LoraShrinkParams& p) {
   const DeviceFacts facts = device_facts();
   const bool is_high = p.R > 16;
   const int tokens = tile_tokens(p.M, is_high, facts);
-  const Config config = is_bf16 ? pick<bf16>(tokens, is_high, p.is_transposed, drops)
-                                : pick<fp16>(tokens, is_high, p.is_transposed, drops);
+  const Config& config = is_bf16 ? pick<bf16>(tokens, p.R) : pick<fp16>(tokens, p.R);
+  const auto kernel = p.is_transposed ? config.transposed : drops ? config.dropping : config.plain;
   const int64_t tiles = ceil_div(p.M, int64_t(config.tokens)),
                 chunks = ceil_div<int64_t>(p.K, kChunk);
   const int slots = kWarps * config.slot, half = facts.shared_bytes / 2 - 1024;
@@ -365,9 +369,9 @@ void lora_shrink(const LoraShrinkParams& p) {
   a.depth = int(std::min<int64_t>({4, (room - config.sums) / slots, wanted}));
   const int bytes = a.depth * slots + config.sums;
   FASTPEFT_CHECK(a.depth >= 1, "lora_shrink: ", bytes, " bytes of shared memory a block");
-  allow_shared_memory(reinterpret_cast<const void*>(config.kernel), facts.shared_bytes);
-  launch_kernel(config.kernel, "lora_shrink_kernel", dim3(grid_blocks(tiles * cluster, 1)),
-                kThreads, bytes, p.stream, cluster, a);
+  allow_shared_memory(reinterpret_cast<const void*>(kernel), facts.shared_bytes);
+  launch_kernel(kernel, "lora_shrink_kernel", dim3(grid_blocks(tiles * cluster, 1)), kThreads,
+                bytes, p.stream, cluster, a);
 }
 
 }  // namespace fastpeft::cuda

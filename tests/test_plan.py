@@ -52,8 +52,9 @@ def test_every_problem_has_a_sound_plan(fmt):
         if p["kernel"] == "dense":
             assert p["workspace_bytes"] == 0, where
         if p["kernel"] == "wgmma" and format == "int8":
-            assert machine[0] == 90 and dtype == "bfloat16", where
-            assert K % 16 == 0 and N % 8 == 0 and p["tile_tokens"] in (128, 256), where
+            assert machine[0] == 90 and dtype != "float32", where
+            assert K % 16 == 0 and N % 8 == 0 and p["tile_tokens"] in (64, 128, 256), where
+            assert p["split"] in (1, 3, 4), where
         elif p["kernel"] in ("wgmma", "narrow"):
             assert machine[0] == 90 and format == "nf4", where
             assert dtype in ("bfloat16", "float16"), where
@@ -87,13 +88,18 @@ def test_many_tokens_run_on_tensor_cores_of_sm_90(direction):
 
 @pytest.mark.skipif(not _C.build_facts()["sm90a"], reason="built without sm_90a kernels")
 def test_int8_on_sm_90():
-    """Weight only: one pass for few tokens, then tensor cores; never a 16-bit copy in bf16."""
+    """Weight only: one pass for few tokens, then tensor cores; never a 16-bit copy of W."""
     for M, kernel in ((1, "fused"), (16, "fused"), (17, "wgmma"), (8192, "wgmma")):
         p = plan(M, 4096, 4096, (90, 132), format="int8")
         assert p["kernel"] == kernel and p["workspace_bytes"] == 0, p
     for M in (1, 64, 8192):
-        assert plan(M, 4096, 4096, (90, 132), format="int8", direction="dgrad")["kernel"] == "wgmma"
-    for other in ({"K": 4100}, {"N": 4097}, {"dtype": "float16"}):
+        for dtype in ("bfloat16", "float16"):
+            p = plan(M, 4096, 4096, (90, 132), format="int8", direction="dgrad", dtype=dtype)
+            assert p["kernel"] == "wgmma", p
+    for M, N, K, tokens, split in ((64, 1024, 4096, 64, 4), (64, 14336, 4096, 64, 1)):
+        p = plan(M, N, K, (90, 132), format="int8")
+        assert (p["tile_tokens"], p["split"]) == (tokens, split), p
+    for other in ({"K": 4100}, {"N": 4097}, {"dtype": "float32"}):
         sizes = {"M": 2048, "N": 4096, "K": 4096, **other}
         assert _C.plan(**sizes, format="int8", arch=90, sm_count=132)["kernel"] != "wgmma"
 

@@ -128,6 +128,7 @@ struct Int8EpilogueParams {
   WeightView w;  // int8
   int64_t M = 0, R = 0;
   int64_t tile_tokens = 0;  // Plan::tile_tokens: > 0 the tensor-core kernel, which wants columns
+  int64_t split = 1;        // Plan::split, with it
   DType dtype = DType::kFloat32;
   const int32_t* acc = nullptr;      // [M, N] or null: then q . codes is computed here
   const int8_t* q = nullptr;         // [M, K]

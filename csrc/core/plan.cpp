@@ -181,12 +181,44 @@ bool int8_wgmma_serves(const Problem& p) {
 // What cuda/int8_weight_wgmma.cu was written for, and whether it was compiled.
 bool int8_weight_wgmma_serves(const Problem& p) {
 #ifdef FASTPEFT_HAS_SM90A
-  return p.arch == 90 && p.format == Format::kInt8 && p.dtype == DType::kBFloat16 &&
-         p.M < (1 << 24) && p.N < (1 << 24) && p.N % 8 == 0 && p.K % 16 == 0;
+  const bool is_16bit = p.dtype == DType::kBFloat16 || p.dtype == DType::kFloat16;
+  return p.arch == 90 && p.format == Format::kInt8 && is_16bit && p.M < (1 << 24) &&
+         p.N < (1 << 24) && p.N % 8 == 0 && p.K % 16 == 0;
 #else
   (void)p;
   return false;
 #endif
+}
+
+// Microseconds of cuda/int8_weight_wgmma.cu with tiles of `tokens`, every one of them shared by a
+// cluster of `split` (1: the last wave by two, where it fills at most half of the blocks), measured
+// on an H200: a start, then k-blocks of 64, which cost decoding. Tiles of 64 tokens share a
+// multiprocessor where there are that many. us, model / measured, forward:
+//   14336x4096  M = 64 / 128 / 256: 26 / 27, 31 / 32.5, 47 / 47
+//   4096x14336  M = 128 / 256 / 512: 43 / 45, 52 / 55, 80 / 84
+//   1024x4096   M = 64: 11.8 / 10.7, 256: 13.1 / 13.2
+double int8_weight_us(const Problem& p, int64_t tokens, int64_t split) {
+  const bool is_fwd = p.direction == Direction::kFwd;
+  const int64_t rows = is_fwd ? p.N : p.K, kblocks = ceil_div<int64_t>(is_fwd ? p.K : p.N, 64);
+  const int64_t tiles = ceil_div<int64_t>(rows, 128) * ceil_div<int64_t>(p.M, tokens);
+  const int64_t sms = std::max<int64_t>(p.sm_count / 2 * 2, 2);
+  const auto kblock_us = [&](int64_t blocks) {
+    return tokens == 256 ? 0.66 : tokens == 128 ? 0.41 : blocks > sms ? 0.60 : 0.33;
+  };
+  if (split > 1) {  // clusters of 3 and 4 find 40 and 30 places on 132 multiprocessors
+    if (kblocks < split) return HUGE_VAL;
+    const int64_t places = std::max<int64_t>(sms * (split == 3 ? 40 : 30) / 132, 1);
+    const double waves = double(ceil_div(tiles, places));
+    return 6.5 + waves * double(ceil_div(kblocks, split)) * kblock_us(1);
+  }
+  const int64_t blocks = tokens == 64 ? 2 * sms : sms, full = tiles / blocks, rest = tiles % blocks;
+  const bool is_cut = rest > 0 && 2 * rest <= blocks && kblocks >= 8;
+  double us = 5.0 + double(full * kblocks) * kblock_us(blocks);
+  if (is_cut)
+    us += 1.5 + double(kblocks) / 2 * kblock_us(2 * rest);
+  else if (rest > 0)
+    us += double(kblocks) * kblock_us(rest);
+  return us;
 }
 
 // Weight only on the GPU, and the input gradient of every int8 layer.
@@ -202,7 +234,16 @@ Plan int8_weight_plan(const Problem& p) {
     plan.kernel = KernelId::kWgmma;
     plan.fuses_lora = p.R <= 64 && p.R % 8 == 0;
     plan.tile_rows = 128;
-    plan.tile_tokens = p.M <= 128 ? 128 : 256;
+    plan.predicted_us = HUGE_VAL;
+    for (const int64_t tokens : {64, 128, 256})
+      for (const int64_t split : {1, 3, 4}) {
+        if (tokens == 256 && split > 1) continue;
+        const double us = int8_weight_us(p, tokens, split);
+        if (us >= plan.predicted_us) continue;
+        plan.predicted_us = us;
+        plan.tile_tokens = tokens;
+        plan.split = split;
+      }
     return plan;
   }
   plan.kernel = KernelId::kDequantMatmul;
@@ -210,18 +251,20 @@ Plan int8_weight_plan(const Problem& p) {
   return plan;
 }
 
-// Width of a tile of cuda/int8_wgmma.cu, by clocks: k-blocks of 128 over the waves of pairs of row
-// tiles, measured on an H200 at 1.75 GHz (4096x14336: 44 us at 128, 76 at 256 and one wave each).
-int64_t int8_tile_tokens(const Problem& p) {
-  const int64_t pairs = ceil_div<int64_t>(p.N, 256), clusters = std::max(p.sm_count / 2, 1);
-  int64_t best = 0;
-  double least = HUGE_VAL;
-  for (const int64_t tokens : {256, 128, 64}) {
-    const int64_t waves = ceil_div<int64_t>(pairs * ceil_div<int64_t>(p.M, tokens), clusters);
-    const double clocks = double(waves) * (tokens == 256 ? 1150.0 : tokens == 128 ? 640.0 : 400.0);
-    if (clocks < least) least = clocks, best = tokens;
-  }
-  return best;
+// Microseconds of cuda/int8_wgmma.cu with tiles of `tokens`, K cut in `split`, measured on an H200:
+// k-blocks of 128 bytes over the waves of pairs of row tiles; clusters of four find 30 places on
+// 132 multiprocessors. us, model / measured:
+//   4096x14336  M = 64 / 128 / 256 / 512: 22 / 23.6, 28 / 28.8, 35 / 39.7, 46 / 46
+//   14336x4096  M = 64 / 128 / 256: 20 / 19.9, 20 / 21.7, 27 / 29      4096x4096  64: 11.3 / 10.5
+double int8_us(const Problem& p, int64_t tokens, int64_t split) {
+  const int64_t pairs = ceil_div<int64_t>(p.N, 256) * ceil_div<int64_t>(p.M, tokens);
+  const int64_t kblocks = ceil_div<int64_t>(p.K, 128), sms = std::max(p.sm_count, 2);
+  if (kblocks < split) return HUGE_VAL;
+  const int64_t places = std::max<int64_t>(split == 1 ? sms / 2 : sms * 30 / 132, 1);
+  const double waves = double(ceil_div(pairs, places) * ceil_div(kblocks, split));
+  const double each = tokens == 256 ? 0.68 : tokens == 128 ? 0.37 : 0.27;
+  const double reading = double(p.N) * double(p.K) / 4.0e6;
+  return 5.0 + std::max(waves * each, reading) + (split > 1 ? 2.0 : 0.0);
 }
 
 // LLM.int8(): the tensor-core kernels, or torch's integer matmul with its matrix of sums.
@@ -236,7 +279,16 @@ Plan int8_activations_plan(const Problem& p) {
     plan.kernel = KernelId::kWgmma;
     plan.fuses_lora = p.R <= 64 && p.R % 8 == 0;
     plan.tile_rows = 128;
-    plan.tile_tokens = int8_tile_tokens(p);
+    plan.predicted_us = HUGE_VAL;
+    for (const int64_t tokens : {64, 128, 256})
+      for (const int64_t split : {1, 2}) {
+        if (tokens == 256 && split > 1) continue;
+        const double us = int8_us(p, tokens, split);
+        if (us >= plan.predicted_us) continue;
+        plan.predicted_us = us;
+        plan.tile_tokens = tokens;
+        plan.split = split;
+      }
     plan.outlier_capacity = kOutlierCapacity;
     plan.workspace_bytes = (p.M + p.N) * plan.outlier_capacity * 2;
     return plan;

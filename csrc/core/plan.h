@@ -48,7 +48,7 @@ struct Plan {
   bool fuses_lora = false;       // the low-rank product rides on the same sums
   int64_t tile_rows = 0;         // kWgmma, kNarrow: output rows of a tile
   int64_t tile_tokens = 0;       // kWgmma, kNarrow: tokens of a tile
-  int64_t split = 1;             // kNarrow: blocks of a cluster that share a tile's reduction
+  int64_t split = 1;             // kNarrow, int8 on kWgmma: parts of a tile's reduction
   int64_t outlier_capacity = 0;  // LLM.int8() on kWgmma: OutlierColumns::capacity
   int64_t panel_rows = 0;        // kPanels: rows of W a panel
   int64_t workspace_bytes = 0;   // temporary memory beside the output

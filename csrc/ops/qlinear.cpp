@@ -106,6 +106,7 @@ void int8_fwd(const Backend& backend, const WeightArgs& w, const Plan& plan, DTy
     if (int_mm(acc, q, transposed(w.codes))) p.acc = static_cast<const int32_t*>(acc.data_ptr());
   }
   p.tile_tokens = plan.tile_tokens;
+  p.split = plan.split;
   p.q = rows.q;
   p.scale = rows.scale;
   p.outlier = threshold > 0.0 ? rows.outlier : nullptr;

@@ -118,6 +118,45 @@ std::string label(const char* what, const Shape& s, int64_t M = 0, const char* t
          (M ? " M=" + std::to_string(M) : "") + tail;
 }
 
+// One call of a linear layer, either direction: `in` is x or dy, `low` s or ds, `factor` B or A.
+struct Linear {
+  WeightView w;
+  int64_t M = 0, R = 0;
+  DType dtype = DType::kBFloat16;
+  Plan plan;
+  const void *in = nullptr, *low = nullptr, *factor = nullptr;
+  void* out = nullptr;
+};
+void launch_linear(const Linear& l, bool is_dgrad, cudaStream_t stream) {
+  if (is_dgrad) {
+    QLinearDgradParams p;
+    p.w = l.w;
+    p.M = l.M;
+    p.R = l.R;
+    p.plan = l.plan;
+    p.dtype = l.dtype;
+    p.dy = l.in;
+    p.ds = l.R ? l.low : nullptr;
+    p.lora_a = l.R ? l.factor : nullptr;
+    p.dx = l.out;
+    p.stream = stream;
+    cuda::qlinear_dgrad(p);
+  } else {
+    QLinearFwdParams p;
+    p.w = l.w;
+    p.M = l.M;
+    p.R = l.R;
+    p.plan = l.plan;
+    p.dtype = l.dtype;
+    p.x = l.in;
+    p.s = l.R ? l.low : nullptr;
+    p.lora_b = l.R ? l.factor : nullptr;
+    p.y = l.out;
+    p.stream = stream;
+    cuda::qlinear_fwd(p);
+  }
+}
+
 double weight_bytes(const Shape& s) {
   return double(s.N * s.K) * (0.5 + 1.0 / 64 + 4.0 / (64 * 256));
 }
@@ -159,72 +198,44 @@ void bench_shape(const Shape& s) {
               p.stream = stream;
               cuda::dequantize(p);
             });
-  for (const int64_t M : {1, 4}) {  // the general kernels
-    time_case(label("fwd float32", s, M), copies, weight_bytes(s), [&](int i, cudaStream_t stream) {
-      QLinearFwdParams p;
-      p.w = weights[i]->view;
-      p.M = M;
-      p.x = x.p;
-      p.y = y.p;
-      p.stream = stream;
-      cuda::qlinear_fwd(p);
-    });
-    time_case(label("dgrad float32", s, M), copies, weight_bytes(s),
+  const auto time_linear = [&](DType dtype, int64_t M, int64_t R, bool is_dgrad) {
+    const bool is_float = dtype == DType::kFloat32;
+    const std::string what = std::string(is_dgrad ? "dgrad" : "fwd") + (is_float ? " float32" : "");
+    Linear l;
+    l.M = M;
+    l.R = R;
+    l.dtype = dtype;
+    l.in = x.p;
+    l.low = low.p;
+    l.factor = factor.p;
+    l.out = y.p;
+    const double bytes = weight_bytes(s) + dtype_bytes(dtype) * double(M * (s.N + s.K));
+    time_case(label(what.c_str(), s, M, R ? " R=16" : ""), copies, bytes,
               [&](int i, cudaStream_t stream) {
-                QLinearDgradParams p;
-                p.w = weights[i]->view;
-                p.M = M;
-                p.dy = x.p;
-                p.dx = y.p;
-                p.stream = stream;
-                cuda::qlinear_dgrad(p);
+                l.w = weights[i]->view;
+                launch_linear(l, is_dgrad, stream);
               });
-  }
+  };
+  for (const int64_t M : {1, 4})  // the general kernels
+    for (const bool is_dgrad : {false, true}) time_linear(DType::kFloat32, M, 0, is_dgrad);
   for (const int64_t M : {1, 2, 4, 8, 16, 32, 64})
-    for (const int64_t R : {0, 16}) {
-      if (R && M != 1 && M != 16) continue;
-      const char* tail = R ? " R=16" : "";
-      const double bytes = weight_bytes(s) + 2.0 * M * (s.N + s.K);
-      time_case(label("fwd", s, M, tail), copies, bytes, [&](int i, cudaStream_t stream) {
-        QLinearFwdParams p;
-        p.w = weights[i]->view;
-        p.M = M;
-        p.R = R;
-        p.dtype = DType::kBFloat16;
-        p.x = x.p;
-        p.s = R ? low.p : nullptr;
-        p.lora_b = R ? factor.p : nullptr;
-        p.y = y.p;
-        p.stream = stream;
-        cuda::qlinear_fwd(p);
-      });
-      time_case(label("dgrad", s, M, tail), copies, bytes, [&](int i, cudaStream_t stream) {
-        QLinearDgradParams p;
-        p.w = weights[i]->view;
-        p.M = M;
-        p.R = R;
-        p.dtype = DType::kBFloat16;
-        p.dy = x.p;
-        p.ds = R ? low.p : nullptr;
-        p.lora_a = R ? factor.p : nullptr;
-        p.dx = y.p;
-        p.stream = stream;
-        cuda::qlinear_dgrad(p);
-      });
-    }
+    for (const int64_t R : {0, 16})
+      for (const bool is_dgrad : {false, true})
+        if (R == 0 || M == 1 || M == 16) time_linear(DType::kBFloat16, M, R, is_dgrad);
 }
 
-// int8 weights [14336, 4096]: weight only, its input gradient, and LLM.int8() with 8 outlier
-// columns (rows and product apart, and together).
-void bench_int8() {
-  const int64_t N = 14336, K = 4096, most = 8192, capacity = 512;
-  const int copies = 4;
-  Device codes(copies * N * K), absmax(4 * N), x(most * N * 2), y(most * N * 2), q(most * K),
-      scale(4 * most), flags(K), list(4 * (1 + K)), x_columns(most * capacity * 2),
+// int8 weights: weight only, its input gradient, and LLM.int8() with 8 outlier columns (rows and
+// product apart, and together).
+void bench_int8(const Shape& s) {
+  const int64_t N = s.N, K = s.K, most = 8192, capacity = 512;
+  const int copies = int(ceil_div<int64_t>(kRotateBytes, N * K));
+  const int64_t widest = std::max(N, K);
+  Device codes(copies * N * K), absmax(4 * N), x(most * widest * 2), y(most * widest * 2),
+      q(most * K), scale(4 * most), flags(K), list(4 * (1 + K)), x_columns(most * capacity * 2),
       w_columns(N * capacity * 2);
   fill(codes.p, copies * N * K);
   fill_values(absmax.p, 2 * N);
-  fill_values(x.p, most * N);
+  fill_values(x.p, most * widest);
   const __nv_bfloat16 large = __float2bfloat16_rn(8.0f);
   for (int64_t k = 5; k < K; k += K / 8)
     NATIVE_CUDA(cudaMemcpy(static_cast<char*>(x.p) + 2 * k, &large, 2, cudaMemcpyHostToDevice));
@@ -237,8 +248,10 @@ void bench_int8() {
     w.scales = absmax.p;
     return w;
   };
+  const auto is_ours = [](const Plan& plan) {
+    return plan.kernel == KernelId::kFused || plan.kernel == KernelId::kWgmma;
+  };
   for (const int64_t M : {1, 8, 16, 64, 256, 2048, 8192}) {
-    const std::string m = " 14336x4096 M=" + std::to_string(M);
     Problem problem;
     problem.format = Format::kInt8;
     problem.M = M;
@@ -246,40 +259,24 @@ void bench_int8() {
     problem.K = K;
     problem.arch = cuda::device_facts().arch;
     problem.sm_count = cuda::device_facts().sm_count;
-    const Plan fwd = make_plan(problem);
-    problem.direction = Direction::kDgrad;
-    const Plan dgrad = make_plan(problem);
+    const double bytes = 1.0 * N * K + 2.0 * M * (N + K);
+    for (const bool is_dgrad : {false, true}) {
+      problem.direction = is_dgrad ? Direction::kDgrad : Direction::kFwd;
+      Linear l;
+      l.M = M;
+      l.plan = make_plan(problem);
+      l.in = x.p;
+      l.out = y.p;
+      if (!is_ours(l.plan)) continue;
+      time_case(label(is_dgrad ? "int8 dgrad" : "int8 fwd", s, M), copies, bytes,
+                [&](int i, cudaStream_t stream) {
+                  l.w = view(i);
+                  launch_linear(l, is_dgrad, stream);
+                });
+    }
     problem.direction = Direction::kFwd;
     problem.has_int8_activations = true;
     const Plan llm = make_plan(problem);
-    const double bytes = 1.0 * N * K + 2.0 * M * (N + K);
-    const auto is_ours = [](const Plan& plan) {
-      return plan.kernel == KernelId::kFused || plan.kernel == KernelId::kWgmma;
-    };
-    if (is_ours(fwd))
-      time_case("int8 fwd" + m, copies, bytes, [&](int i, cudaStream_t stream) {
-        QLinearFwdParams p;
-        p.w = view(i);
-        p.M = M;
-        p.plan = fwd;
-        p.dtype = DType::kBFloat16;
-        p.x = x.p;
-        p.y = y.p;
-        p.stream = stream;
-        cuda::qlinear_fwd(p);
-      });
-    if (is_ours(dgrad))
-      time_case("int8 dgrad" + m, copies, bytes, [&](int i, cudaStream_t stream) {
-        QLinearDgradParams p;
-        p.w = view(i);
-        p.M = M;
-        p.plan = dgrad;
-        p.dtype = DType::kBFloat16;
-        p.dy = x.p;
-        p.dx = y.p;
-        p.stream = stream;
-        cuda::qlinear_dgrad(p);
-      });
     const auto rows = [&](int i, cudaStream_t stream) {
       QuantizeRowsParams p;
       p.M = M;
@@ -300,6 +297,7 @@ void bench_int8() {
       p.w = view(i);
       p.M = M;
       p.tile_tokens = llm.tile_tokens;
+      p.split = llm.split;
       p.dtype = DType::kBFloat16;
       p.q = static_cast<int8_t*>(q.p);
       p.scale = static_cast<float*>(scale.p);
@@ -311,9 +309,9 @@ void bench_int8() {
       cuda::int8_epilogue(p);
     };
     if (!is_ours(llm)) continue;
-    time_case("llm.int8 rows" + m, copies, 3.0 * M * K, rows);
-    time_case("llm.int8 product" + m, copies, bytes, product);
-    time_case("llm.int8" + m, copies, bytes, [&](int i, cudaStream_t stream) {
+    time_case(label("llm.int8 rows", s, M), copies, 3.0 * M * K, rows);
+    time_case(label("llm.int8 product", s, M), copies, bytes, product);
+    time_case(label("llm.int8", s, M), copies, bytes, [&](int i, cudaStream_t stream) {
       rows(i, stream);
       product(i, stream);
     });
@@ -483,7 +481,8 @@ int main(int argc, char** argv) {
   try {
     bench_copy();
     for (const Shape& s : kShapes) bench_shape(s);
-    bench_int8();
+    for (const Shape& s : {Shape{14336, 4096}, Shape{4096, 14336}, Shape{4096, 4096}})
+      bench_int8(s);
     bench_rest();
     bench_lora();
   } catch (const Error& e) {

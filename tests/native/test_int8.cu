@@ -112,12 +112,14 @@ void test_llm_int8(const Int8Case& c) {
       magnitude.push_back(8 * std::sqrt(squares + product * product));
     }
   Buffer sums(acc), offsets(bias), low(s), factors(factor), y(want.size() * sizeof(T));
-  const auto run = [&](const char* path, bool has_acc, bool has_list, int64_t tile_tokens) {
+  const auto run = [&](const char* path, bool has_acc, bool has_list, int64_t tile_tokens,
+                       int64_t split = 1) {
     Int8EpilogueParams e;
     e.w = device.view;
     e.M = M;
     e.dtype = p.dtype;
     e.tile_tokens = tile_tokens;
+    e.split = split;
     e.acc = has_acc ? sums.as<int32_t>() : nullptr;
     e.q = codes.as<int8_t>();
     e.scale = scales.as<float>();
@@ -143,7 +145,10 @@ void test_llm_int8(const Int8Case& c) {
   if (R == 0) run("dp4a", false, false, 0);
   if (is_16bit && K % 16 == 0) run("skinny", false, true, 0);
   if (is_16bit && K % 16 == 0 && N % 8 == 0 && R % 8 == 0 && cuda::device_facts().arch == 90)
-    for (const int64_t tile_tokens : {64, 128, 256}) run("wgmma", false, true, tile_tokens);
+    for (const int64_t tile_tokens : {64, 128, 256})
+      for (const int64_t split : {1, 2})
+        if (split == 1 || (K > 128 && tile_tokens < 256))
+          run("wgmma", false, true, tile_tokens, split);
 }
 
 }  // namespace

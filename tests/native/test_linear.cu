@@ -1,5 +1,7 @@
 // Dequantise (bit for bit), linear layer forward and input gradient (error bound, same bits twice),
 // and both captured in a CUDA graph.
+#include <algorithm>
+
 #include "../../cuda/launch.h"
 #include "check.h"
 
@@ -139,8 +141,8 @@ Plan tiles(KernelId kernel, int64_t rows, int64_t tokens, int64_t split) {
 
 }  // namespace
 
-// The tensor-core kernel of int8 weights: whole and ragged tiles, a cut last wave, with low-rank
-// product.
+// The tensor-core kernel of int8 weights: whole and ragged tiles, a cut last wave, every tile cut,
+// with low-rank product.
 void test_int8_tiles() {
   if (cuda::device_facts().arch != 90) return;
   struct Case {
@@ -150,9 +152,16 @@ void test_int8_tiles() {
                        Case{300, 520, 624, 0}, Case{520, 400, 528, 8}, Case{1, 8, 16, 0}}) {
     const HostWeight host = make_weight(Format::kInt8, c.N, c.K, 64, false, unsigned(c.N + c.K));
     const DeviceWeight device(host);
-    for (const int64_t tokens : {128, 256})
-      test_linear<__nv_bfloat16>(host, device, c.M, c.R, 0,
-                                 tiles(KernelId::kWgmma, 128, tokens, 1));
+    struct Tile {
+      int64_t tokens, split;
+    };
+    for (const Tile t : {Tile{64, 1}, Tile{64, 3}, Tile{64, 4}, Tile{128, 1}, Tile{128, 4},
+                         Tile{256, 1}, Tile{256, 3}}) {
+      if (t.split > 1 && std::min(c.N, c.K) < 256) continue;
+      const Plan plan = tiles(KernelId::kWgmma, 128, t.tokens, t.split);
+      if (t.split != 3) test_linear<__nv_bfloat16>(host, device, c.M, c.R, 0, plan);
+      if (t.split != 4) test_linear<__half>(host, device, c.M, c.R, 0, plan);
+    }
   }
 }
 
