@@ -48,12 +48,10 @@ struct Args {
   const int32_t* list;  // int8: number of outlier columns, then the columns; or null
   const void* x;        // int8: [M, K]
   void* y;              // [M, N]
-  int chunk_strips;     // row strips whose sums of all warps fit shared memory
+  int units;            // of 128 columns
+  int base, rest;       // row strips a block; the first `rest` blocks have one more
+  int chunk[2];         // row strips of a chunk, whose sums fit shared memory: short, long block
 };
-
-__device__ __forceinline__ int share(int part, int parts, int total) {
-  return int(int64_t(total) * part / parts);
-}
 
 // What differs between 16-bit and int8 activations: the fragment of 64 columns of 8 tokens, and the
 // product with a lane's 2 x 16 weight bytes.
@@ -146,8 +144,8 @@ __device__ __forceinline__ void low_rank(const Args& a, int strip, int m0, int g
 
 // One output from the sum over warps.
 template <class T, class Sum>
-__device__ __forceinline__ float finished(const Args& a, Sum sum, float lora, int m, int n) {
-  const float absmax = __ldg(a.absmax + n);
+__device__ __forceinline__ float finished(const Args& a, Sum sum, float absmax, float lora, int m,
+                                          int n) {
   float value;
   if constexpr (std::is_same_v<Sum, int>) {
     value = float(sum) * (__ldg(a.scale + m) * absmax) * (1.0f / (127.0f * 127.0f));
@@ -230,8 +228,9 @@ struct Config {
   static constexpr int kUnits = kTok == 1 ? 4 : 2;  // units of x that a lane holds in registers
   static constexpr int kTokens = 8 * kTok, kPitch = kTokens + 1;
   static constexpr int kPartial = kStripRows * kPitch;  // sums of a strip
-  // Shared memory of a row strip: partial sums [kWarps][kPartial], low-rank product [kPartial].
-  static constexpr int kStripBytes = (kWarps + 1) * kPartial * 4;
+  // Shared memory of a row strip: partial sums [kWarps][kPartial], low-rank product [kPartial],
+  // absmax [kStripRows].
+  static constexpr int kStripBytes = ((kWarps + 1) * kPartial + kStripRows) * 4;
 };
 
 template <class T, bool kIsWide, int kTok, int kDepth>
@@ -247,13 +246,20 @@ __global__ void __launch_bounds__(kThreads, 1)
   Sum* partial = reinterpret_cast<Sum*>(shared + kWarps * Ring<kUnits, kDepth>::kBytes);
 
   const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, g = lane / 4, t = lane % 4;
-  const int strips = ceil_div(a.N, kStripRows), all_units = ceil_div(a.K, kUnit);
-  const int s_begin = share(blockIdx.x, gridDim.x, strips);
-  const int s_end = share(blockIdx.x + 1, gridDim.x, strips);
-  const int chunk = ceil_div(s_end - s_begin, ceil_div(s_end - s_begin, a.chunk_strips));
-  const int u_begin = share(warp, kWarps, all_units), u_end = share(warp + 1, kWarps, all_units);
+  const int block = blockIdx.x, is_long = block < a.rest;
+  const int s_begin = block * a.base + min(block, a.rest), s_end = s_begin + a.base + is_long;
+  const int chunk = a.chunk[is_long];
+  const int u_begin = a.units * warp / kWarps, u_end = a.units * (warp + 1) / kWarps;
   const int m0 = blockIdx.y * kTokens;
   float* lora = reinterpret_cast<float*>(partial + chunk * kWarps * kPartial);
+  float* absmax = lora + chunk * kPartial;  // [rows][kStripRows]
+  // Asked for long before it is needed: a load behind the sums would cost the latency of memory.
+  // Part of the next group of copies.
+  const auto load_absmax = [&](int base, int rows) {
+    const int n = base * kStripRows + threadIdx.x;
+    if (threadIdx.x < rows * kStripRows)
+      copy_async4(shared_address(absmax + threadIdx.x), a.absmax + n, n < a.N ? 4 : 0);
+  };
 
   Ring<kUnits, kDepth> ring;
   ring.base = shared_address(shared) + warp * ring.kBytes + lane * 16;
@@ -264,6 +270,7 @@ __global__ void __launch_bounds__(kThreads, 1)
   ring.start_pass(a, u_begin, u_end, g, t);
   // One unit of weights before x, the rest of the ring behind it: x asked for behind a whole ring
   // arrives when the ring has long been full (measured: the deeper the ring, the slower).
+  load_absmax(s_begin, chunk);
   ring.feed(a, s_end, u_begin, u_end, g, t);
   launch_dependents();
   wait_for_predecessor();
@@ -295,6 +302,7 @@ __global__ void __launch_bounds__(kThreads, 1)
   arrange_tokens();
   for (int base = s_begin; base < s_end; base += chunk) {
     const int rows = min(chunk, s_end - base);
+    if (base > s_begin) load_absmax(base, rows);
     if (a.s && warp < rows) {
       float low[kTok][4] = {};
       low_rank<T, kTok>(a, base + warp, m0, g, t, low);
@@ -340,6 +348,7 @@ __global__ void __launch_bounds__(kThreads, 1)
       }
       u0 += kUnits;
     } while (u0 < u_end);
+    wait_copies<0>();  // absmax
     __syncthreads();
     const int outputs = rows * kStripRows * min(kTokens, a.M - m0);
     for (int o = threadIdx.x; o < outputs; o += kThreads) {
@@ -351,8 +360,8 @@ __global__ void __launch_bounds__(kThreads, 1)
 #pragma unroll
       for (int part = 0; part < kWarps; ++part)
         sum += partial[(row * kWarps + part) * kPartial + at];
-      static_cast<T*>(a.y)[int64_t(m) * a.N + n] =
-          from_acc<T>(finished<T>(a, sum, a.s ? lora[row * kPartial + at] : 0.0f, m, n));
+      static_cast<T*>(a.y)[int64_t(m) * a.N + n] = from_acc<T>(
+          finished<T>(a, sum, absmax[in_chunk], a.s ? lora[row * kPartial + at] : 0.0f, m, n));
     }
     if (base + chunk < s_end) __syncthreads();  // the partial sums are read
   }
@@ -368,13 +377,18 @@ void launch(Args a, Stream stream) {
   const int room = (facts.shared_bytes - kRingBytes) / C::kStripBytes;
   FASTPEFT_CHECK(room > 0, "int8_fwd_skinny_kernel: ", kRingBytes + C::kStripBytes,
                  " bytes of shared memory a block are needed, the device has ", facts.shared_bytes);
-  a.chunk_strips = std::min({room, kWarps, ceil_div(strips, blocks)});
+  a.units = ceil_div(a.K, kUnit);
+  a.base = strips / blocks;
+  a.rest = strips % blocks;
+  for (int i = 0; i < 2; ++i)
+    a.chunk[i] = ceil_div(a.base + i, ceil_div(a.base + i, std::min(room, kWarps)));
   allow_shared_memory(reinterpret_cast<const void*>(kernel),
                       kRingBytes + std::min(room, kWarps) * C::kStripBytes);
   const int token_chunks = ceil_div(a.M, C::kTokens);
   FASTPEFT_CHECK(token_chunks < 65536, "int8_fwd_skinny_kernel: ", a.M, " tokens in one launch");
   launch_kernel(kernel, "int8_fwd_skinny_kernel", dim3(unsigned(blocks), unsigned(token_chunks)),
-                kThreads, kRingBytes + a.chunk_strips * C::kStripBytes, stream, 1, a);
+                kThreads, kRingBytes + std::max(a.chunk[0], a.chunk[a.rest > 0]) * C::kStripBytes,
+                stream, 1, a);
 }
 
 template <class T, bool kIsWide>
