@@ -203,7 +203,8 @@ struct Scales {
   }
   FASTPEFT_DEVICE void run() {
     const int end = at.begin + at.count, lane = threadIdx.x & 31;
-    asm volatile("" : "+f"(v[0]), "+f"(v[1]), "+f"(v[2]));  // not waited for earlier
+    // Nothing that was asked for is used, and so waited for, before this.
+    asm volatile("" : "+f"(v[0]), "+f"(v[1]), "+f"(v[2]), "+f"(producer.offset));
     if (a.nested) {
 #pragma unroll
       for (int j = 0; j < kMapLoads; j++)
