@@ -269,12 +269,8 @@ struct Consumer {
     for (int e = 0; e < kSums; e++) asm volatile("" : "+r"(sum[e])::"memory");
     wgmma_fence();
 #pragma unroll
-    for (int step = 0; step < 4; step++) {
-      if constexpr (std::is_same_v<T, bf16>)
-        WgmmaSS<C::kTokens>::mma_bf16(sum, w + 2 * step, x + 2 * step, 1);
-      else
-        WgmmaSS<C::kTokens>::mma_fp16(sum, w + 2 * step, x + 2 * step, 1);
-    }
+    for (int step = 0; step < 4; step++)
+      WgmmaSS<C::kTokens>::template mma<T>(sum, w + 2 * step, x + 2 * step, 1);
     wgmma_commit();
     finish(ring.stage);
     ring.advance();

@@ -34,6 +34,7 @@
 #include "device/numbers.cuh"
 #include "device/sm90.cuh"
 #include "device/tensor_map.cuh"
+#include "device/wgmma_shared.cuh"
 #include "lora_wgrad.h"
 
 namespace fastpeft::cuda {
@@ -42,7 +43,7 @@ namespace {
 
 constexpr int kCluster = 8, kTokens = 64, kColumns = 64, kRanks = 16;
 constexpr int kThreads = 384, kOwned = kTokens / kCluster;  // tokens a block
-[[maybe_unused]] constexpr int kConsumerWarps = 8;
+constexpr int kConsumerWarps = 8;
 // Column groups of a warpgroup, dy and x together, 8 registers each: N + K <= 18432.
 constexpr int kMaxGroups = 18;
 constexpr int kTileBytes = kTokens * kColumns * 2, kNarrowBytes = kRanks * kColumns * 2;
@@ -75,28 +76,8 @@ struct Args {
   float scaling;
 };
 
-// d [64 x 16 ranks] (+)= a b. Row-major: the tile's rows are d's; column-major: its columns are.
-template <class T, bool kColumnMajor>
-FASTPEFT_DEVICE void mma(float (&d)[8], uint64_t a, uint64_t b, int accumulate) {
-  if constexpr (std::is_same_v<T, bf16>)
-    asm volatile(
-        "{\n.reg .pred p;\nsetp.ne.b32 p, %10, 0;\n"
-        "wgmma.mma_async.sync.aligned.m64n16k16.f32.bf16.bf16 {%0, %1, %2, %3, %4, %5, %6, %7}, "
-        "%8, %9, p, 1, 1, %11, 0;\n}\n"
-        : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3]), "+f"(d[4]), "+f"(d[5]), "+f"(d[6]),
-          "+f"(d[7])
-        : "l"(a), "l"(b), "r"(accumulate), "n"(kColumnMajor ? 1 : 0));
-  else
-    asm volatile(
-        "{\n.reg .pred p;\nsetp.ne.b32 p, %10, 0;\n"
-        "wgmma.mma_async.sync.aligned.m64n16k16.f32.f16.f16 {%0, %1, %2, %3, %4, %5, %6, %7}, "
-        "%8, %9, p, 1, 1, %11, 0;\n}\n"
-        : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3]), "+f"(d[4]), "+f"(d[5]), "+f"(d[6]),
-          "+f"(d[7])
-        : "l"(a), "l"(b), "r"(accumulate), "n"(kColumnMajor ? 1 : 0));
-}
 // 16 of the reduction further, in units of 16 bytes: 16 columns, or 16 rows.
-[[maybe_unused]] constexpr int kAlongRow = 2, kAlongColumn = 128;
+constexpr int kAlongRow = 2, kAlongColumn = 128;
 
 // A word into a block's shared memory, counted on that block's barrier.
 FASTPEFT_DEVICE void push_word(uint32_t to, uint32_t v, uint32_t bar) {
@@ -270,6 +251,10 @@ FASTPEFT_DEVICE void add_ds(const Args& a, const Shared& shared, const Place& pl
   }
 }
 
+FASTPEFT_DEVICE float number(uint32_t sum) {
+  return __uint_as_float(sum);
+}
+
 template <class T>
 FASTPEFT_DEVICE void consume(const Args& a, const Shared& shared, const Place& place) {
   const int warpgroup = threadIdx.x / 128, warp = threadIdx.x / 32 % 4, lane = threadIdx.x % 32;
@@ -282,7 +267,7 @@ FASTPEFT_DEVICE void consume(const Args& a, const Shared& shared, const Place& p
   }
   named_barrier(1 + warpgroup, 128);
 
-  float acc[kMaxGroups][8] = {};  // dB from the front, dA from the back
+  uint32_t acc[kMaxGroups][8] = {};  // float32: dB from the front, dA from the back
   int stage = warpgroup;
   uint32_t phase = 0;
   const auto next = [&] {
@@ -294,7 +279,7 @@ FASTPEFT_DEVICE void consume(const Args& a, const Shared& shared, const Place& p
   for (int step = 0; step <= place.steps; ++step) {
     if (step < place.steps) {
       const int buffer = step % 2;
-      float ds[8] = {};
+      uint32_t ds[8] = {};
       barrier_wait(shared.s_full(buffer), step / 2 & 1);
       const uint64_t s = swizzled_descriptor(shared.s(buffer));
 #pragma unroll
@@ -306,8 +291,8 @@ FASTPEFT_DEVICE void consume(const Args& a, const Shared& shared, const Place& p
         wgmma_fence();
 #pragma unroll
         for (int i = 0; i < 4; ++i) {
-          mma<T, false>(ds, tile + i * kAlongRow, b + i * kAlongRow, 1);
-          mma<T, true>(acc[j], tile + i * kAlongColumn, s + i * kAlongRow, 1);
+          WgmmaSS<kRanks>::mma<T>(ds, tile + i * kAlongRow, b + i * kAlongRow, 1);
+          WgmmaSS<kRanks>::mma<T, true>(acc[j], tile + i * kAlongColumn, s + i * kAlongRow, 1);
         }
         next();
       }
@@ -320,7 +305,8 @@ FASTPEFT_DEVICE void consume(const Args& a, const Shared& shared, const Place& p
 #pragma unroll
       for (int h = 0; h < 2; ++h)
         push_cluster(cluster_address(to, 2 * warp + h),
-                     make_float4(ds[2 * h], ds[2 * h + 1], ds[4 + 2 * h], ds[5 + 2 * h]),
+                     make_float4(number(ds[2 * h]), number(ds[2 * h + 1]), number(ds[4 + 2 * h]),
+                                 number(ds[5 + 2 * h])),
                      cluster_address(shared.parts_full(buffer), 2 * warp + h));
     }
     if (step > 0) {
@@ -336,7 +322,8 @@ FASTPEFT_DEVICE void consume(const Args& a, const Shared& shared, const Place& p
         wgmma_fence();
 #pragma unroll
         for (int i = 0; i < 4; ++i)
-          mma<T, true>(acc[kMaxGroups - 1 - j], tile + i * kAlongColumn, ds + i * kAlongRow, 1);
+          WgmmaSS<kRanks>::mma<T, true>(acc[kMaxGroups - 1 - j], tile + i * kAlongColumn,
+                                        ds + i * kAlongRow, 1);
         next();
       }
     }
@@ -354,7 +341,7 @@ FASTPEFT_DEVICE void consume(const Args& a, const Shared& shared, const Place& p
 #pragma unroll
       for (int e = 0; e < 2; ++e)
         *reinterpret_cast<float2*>(to + 8 * e) =
-            make_float2(acc[j][4 * e + 2 * h], acc[j][4 * e + 2 * h + 1]);
+            make_float2(number(acc[j][4 * e + 2 * h]), number(acc[j][4 * e + 2 * h + 1]));
     }
   }
 #pragma unroll
@@ -368,7 +355,7 @@ FASTPEFT_DEVICE void consume(const Args& a, const Shared& shared, const Place& p
 #pragma unroll
       for (int e = 0; e < 4; ++e)
         to[int64_t(8 * (e / 2) + e % 2) * a.K] =
-            acc[kMaxGroups - 1 - j][4 * (e / 2) + 2 * h + e % 2];
+            number(acc[kMaxGroups - 1 - j][4 * (e / 2) + 2 * h + e % 2]);
     }
   }
 }

@@ -24,7 +24,7 @@
 #include "device/sm90.cuh"
 #include "device/tensor_map.cuh"
 #include "device/tiles.cuh"
-#include "device/wgmma_ss.cuh"
+#include "device/wgmma_shared.cuh"
 #include "launch.h"
 #include "qlinear_dense.h"
 
@@ -127,7 +127,7 @@ FASTPEFT_DEVICE void consume(const Maps& maps, const DenseArgs& a, uint32_t base
     if (lane < 2) barrier_arrive_peer(cluster_address(empty0 + 8 * stage, lane));
   };
   Ring<kStages> ring(0);
-  float acc[kTokens / 2];
+  uint32_t acc[kTokens / 2];                         // float32
   const auto multiply = [&](int steps, bool adds) {  // one block of the depth
     barrier_wait(full0 + 8 * ring.stage, ring.phase);
     const uint64_t w =
@@ -137,7 +137,8 @@ FASTPEFT_DEVICE void consume(const Maps& maps, const DenseArgs& a, uint32_t base
 #pragma unroll
     for (int step = 0; step < kDepth / 16; ++step)
       if (step < steps)
-        wgmma_shared<kDgrad>(acc, w + step * kAStep<kDgrad>, x + 2 * step, adds || step > 0);
+        WgmmaSS<kTokens>::mma<bf16, kDgrad>(acc, w + step * kAStep<kDgrad>, x + 2 * step,
+                                            adds || step > 0);
     wgmma_commit();
   };
   wait_for_predecessor();
@@ -163,7 +164,7 @@ FASTPEFT_DEVICE void consume(const Maps& maps, const DenseArgs& a, uint32_t base
     }
     wgmma_wait<0>();
 #pragma unroll
-    for (int e = 0; e < kTokens / 2; ++e) asm volatile("" : "+f"(acc[e])::"memory");
+    for (int e = 0; e < kTokens / 2; ++e) asm volatile("" : "+r"(acc[e])::"memory");
     release(previous);
 
     // Out, 64 tokens at a time through [token][64 rows] with the 128-byte swizzle, two in turn.
@@ -179,10 +180,14 @@ FASTPEFT_DEVICE void consume(const Maps& maps, const DenseArgs& a, uint32_t base
       named_barrier(1 + half, 128);
 #pragma unroll
       for (int j = 0; j < 4; ++j) {  // 16 tokens
-        const float* v = acc + (group * 8 + 2 * j) * 4;
-        const uint32_t words[4] = {pack_bf16(v[0] + b0, v[1] + b0), pack_bf16(v[2] + b1, v[3] + b1),
-                                   pack_bf16(v[4] + b0, v[5] + b0),
-                                   pack_bf16(v[6] + b1, v[7] + b1)};
+        const uint32_t* v = acc + (group * 8 + 2 * j) * 4;
+        uint32_t words[4];
+#pragma unroll
+        for (int i = 0; i < 4; ++i) {
+          const float shift = i % 2 ? b1 : b0;
+          words[i] =
+              pack_bf16(__uint_as_float(v[2 * i]) + shift, __uint_as_float(v[2 * i + 1]) + shift);
+        }
         store_matrices_transposed(to + (16 * j + token) * 128 + ((chunk ^ (token & 7)) << 4),
                                   words);
       }

@@ -1,6 +1,5 @@
 """Writes wgmma.cuh: wgmma m64nNk16, A (bf16 or fp16) from registers, B from shared memory, float32
-sums; wgmma_shared.cuh: A and B from shared memory, int8 or 16 bit, sums as bits; and wgmma_ss.cuh:
-the same for bf16 with A in either order.
+sums; and wgmma_shared.cuh: A and B from shared memory, int8 or 16 bit, sums as bits.
 """
 
 from pathlib import Path
@@ -56,54 +55,66 @@ def instruction(n: int) -> str:
 
 
 SHARED_HEAD = """// Written by make_wgmma.py: change that, not this.
-// wgmma m64nN with A and B (both K-major, swizzled) from shared memory;
-// d = a . b + (accumulate ? d : 0). The sums are 32-bit words, int32 or float32, so that one set
-// of registers can hold first these and then those: int8 a step of 32 along K, 16 bit one of 16.
+// wgmma m64nN with A and B (swizzled, K-major; A in 16 bit also with its rows contiguous, column
+// major) from shared memory; d = a . b + (accumulate ? d : 0). The sums are 32-bit words, int32 or
+// float32, so that one set of registers can hold first these and then those: int8 a step of 32
+// along K, 16 bit one of 16.
 #pragma once
-#include <cstdint>
+#include "numbers.cuh"
 
 namespace fastpeft::cuda {
 
 template <int kTokens>
 struct WgmmaSS;
 """
-SHARED_MMA = """
-  static __device__ __forceinline__ void mma_{name}(uint32_t (&d)[{regs}], uint64_t a_desc,
-                                                  uint64_t b_desc, int accumulate) {{
-    asm volatile(
-        "{{\\n.reg .pred p;\\nsetp.ne.b32 p, %{flag}, 0;\\n"
-        "wgmma.mma_async.sync.aligned.m64n{n}{types} "
-        "{{{d}}}, "
-        "%{a}, %{b}, p{tail};\\n}}\\n"
-        : {outs}
-        : "l"(a_desc), "l"(b_desc), "r"(accumulate));
+SHARED_BODY = """
+template <>
+struct WgmmaSS<{n}> {{
+  static __device__ __forceinline__ void mma_s8(uint32_t (&d)[{regs}], uint64_t a_desc,
+                                                uint64_t b_desc, int accumulate) {{{s8}
   }}
+  template <class T, bool kColumnMajor = false>
+  static __device__ __forceinline__ void mma(uint32_t (&d)[{regs}], uint64_t a_desc,
+                                             uint64_t b_desc, int accumulate) {{
+    if constexpr (std::is_same_v<T, fp16>) {{{fp16}
+    }} else {{{bf16}
+    }}
+  }}
+}};
 """
-KINDS = (
-    ("s8", "k32.s32.s8.s8", ""),
-    ("bf16", "k16.f32.bf16.bf16", ", 1, 1, 0, 0"),
-    ("fp16", "k16.f32.f16.f16", ", 1, 1, 0, 0"),
-)
+SHARED_MMA = """
+      asm volatile(
+          "{{\\n.reg .pred p;\\nsetp.ne.b32 p, %{flag}, 0;\\n"
+          "wgmma.mma_async.sync.aligned.m64n{n}{types} "
+          "{{{d}}}, "
+          "%{a}, %{b}, p{tail};\\n}}\\n"
+          : {outs}
+          : "l"(a_desc), "l"(b_desc), "r"(accumulate){order});"""
+
+
+def shared_mma(n: int, types: str, is_16bit: bool) -> str:
+    regs = n // 2
+    return SHARED_MMA.format(
+        n=n,
+        types=types,
+        tail=f", 1, 1, %{regs + 3}, 0" if is_16bit else "",
+        order=', "n"(kColumnMajor ? 1 : 0)' if is_16bit else "",
+        d=", ".join(f"%{i}" for i in range(regs)),
+        a=regs,
+        b=regs + 1,
+        flag=regs + 2,
+        outs=", ".join(f'"+r"(d[{i}])' for i in range(regs)),
+    )
 
 
 def shared_instructions(n: int) -> str:
-    regs = n // 2
-    mmas = (
-        SHARED_MMA.format(
-            name=name,
-            n=n,
-            regs=regs,
-            types=types,
-            tail=tail,
-            d=", ".join(f"%{i}" for i in range(regs)),
-            a=regs,
-            b=regs + 1,
-            flag=regs + 2,
-            outs=", ".join(f'"+r"(d[{i}])' for i in range(regs)),
-        )
-        for name, types, tail in KINDS
+    return SHARED_BODY.format(
+        n=n,
+        regs=n // 2,
+        s8=shared_mma(n, "k32.s32.s8.s8", False),
+        fp16=shared_mma(n, "k16.f32.f16.f16", True),
+        bf16=shared_mma(n, "k16.f32.bf16.bf16", True),
     )
-    return f"\ntemplate <>\nstruct WgmmaSS<{n}> {{" + "".join(mmas) + "};\n"
 
 
 def write(name: str, text: str) -> None:
@@ -111,35 +122,7 @@ def write(name: str, text: str) -> None:
     Path(__file__).with_name(name).write_text(text)
 
 
-SS = """// clang-format off
-// Written by make_wgmma.py: change that, not this.
-// wgmma m64n256k16, A and B (bf16) from shared memory by descriptors; kColumnMajor: A stands with
-// its rows contiguous (transposed). float32 d = a . b + (accumulate ? d : 0).
-#pragma once
-#include <cstdint>
-
-namespace fastpeft::cuda {{
-
-template <bool kColumnMajor>
-__device__ __forceinline__ void wgmma_shared(float (&d)[128], uint64_t a_desc, uint64_t b_desc,
-                                             int accumulate) {{
-  asm volatile(
-      "{{\\n.reg .pred p;\\nsetp.ne.b32 p, %130, 0;\\n"
-      "wgmma.mma_async.sync.aligned.m64n256k16.f32.bf16.bf16 "
-      "{{{d}}}, "
-      "%128, %129, p, 1, 1, %131, 0;\\n}}\\n"
-      : {outs}
-      : "l"(a_desc), "l"(b_desc), "r"(accumulate), "n"(kColumnMajor ? 1 : 0));
-}}
-
-}}  // namespace fastpeft::cuda
-"""
-
-
 if __name__ == "__main__":
     write("wgmma.cuh", HEAD + "".join(instruction(n) for n in (16, 32, 64, 128, 256)))
-    write("wgmma_shared.cuh", SHARED_HEAD + "".join(shared_instructions(n) for n in (64, 128, 256)))
-    names = [f"%{i}" for i in range(128)]
-    outs = [f'"+f"(d[{i}])' for i in range(128)]
-    text = SS.format(d=", ".join(names), outs=", ".join(outs))
-    Path(__file__).with_name("wgmma_ss.cuh").write_text(text)
+    sizes = (16, 64, 128, 256)
+    write("wgmma_shared.cuh", SHARED_HEAD + "".join(shared_instructions(n) for n in sizes))
