@@ -27,6 +27,11 @@ constexpr int kEntryStride = 256, kTableBytes = 256 * kEntryStride;
 constexpr int kMapBytes = 1024;
 
 bool weight_fits(const WeightView& w, DType dtype);
+// One or two tokens of what skinny_fits(): qlinear_skinny_gemv.cu.
+bool gemv_fits(const QLinearFwdParams&);
+void qlinear_fwd_gemv(const QLinearFwdParams&);
+// 16 codes times gain, 16 bits each; returns 1 / gain.
+float pack_book(uint32_t (&book)[8], DType dtype, Format format);
 
 template <int kByte>
 __device__ __forceinline__ uint32_t lookup_pair(const unsigned char* shared, uint32_t word,

@@ -1,5 +1,6 @@
 // 4-bit linear layer for few tokens, decode inside, forward (sm_80 and newer). Its parts:
-// qlinear_skinny_fwd.cuh; the lookup: qlinear_skinny.cuh.
+// qlinear_skinny_fwd.cuh; the lookup: qlinear_skinny.cuh; one or two tokens where a block has room:
+// qlinear_skinny_gemv.cu.
 //
 //   y [M, N] = x W^T + bias + scaling * s B^T      x [M, K], s [M, R], B [N, R]
 //   W [N, K] tiled 4-bit codes, one absmax a block of >= 64 columns
@@ -17,11 +18,8 @@
 // and 3, ..., so that the B fragments are x in its own order: two plain 16-byte loads. Codes stay
 // unscaled in the mma.
 //
-//   M >= 3: the four lanes t of a row read tiles 0..3 of one strip, the mma's columns are tokens; a
-//     strip's sums times absmax are added in float32.
-//   M <= 2: lane t reads strip t of the group, tile t ^ step, the mma's columns are (strip, token),
-//     and B is zero where strip != t. So one accumulator holds the sum of one 64-column block, and
-//     a lane scales what it has with the two absmax that it has decoded: a quarter of the fix-ups.
+// The four lanes t of a row read tiles 0..3 of one strip, the mma's columns are tokens; a strip's
+// sums times absmax are added in float32.
 //
 // Sums go to shared memory, a float4 a lane: one part a group, or a warp's own where there are more
 // groups than warps; at the end they are added in the order of parts. LoRA and bias are one more
@@ -31,9 +29,7 @@
 // for 16 tokens) of lookups and about 80 instructions else; shared memory moves 64 + 16 (reading
 // codes) + 16 (writing them) rows of 128 bytes: 96 clocks an item against about 117 that DRAM needs
 // for its 2113 bytes (18 bytes a clock and multiprocessor). So lookups keep up with memory, but
-// cannot catch up what the start of a block loses; that start, not the loop, is what is left (clock
-// stamps in a block, 14336x4096, M = 1: first item begun after 6000 clocks, then 1600 an item, 1300
-// for the last sums). H200; README.md has the times.
+// cannot catch up what the start of a block loses. H200; README.md has the times.
 #include "dependent_launch.cuh"
 #include "qlinear_skinny_fwd.cuh"
 
@@ -47,8 +43,6 @@ template <class T, int kTokens, int kDepth, bool kNested>
 __global__ void __launch_bounds__(kThreads, 1)
     qlinear_fwd_skinny_kernel(const __grid_constant__ FwdArgs a) {
   extern __shared__ __align__(1024) unsigned char shared[];
-  constexpr bool kIsDiagonal = kTokens == 2;
-  constexpr bool kIsBulk = kHasBulkCopies && kIsDiagonal && kDepth == 2;
   constexpr int kTiles = kTokens == 16 ? 2 : 1, kSumsAt = items_end(kDepth);
   // Freeing a slot before its item is computed costs 16 registers, too many with 16 tokens.
   constexpr bool kFreesEarly = kTokens < 16;
@@ -57,10 +51,7 @@ __global__ void __launch_bounds__(kThreads, 1)
   const int lane = threadIdx.x % 32, g = lane / 4, t = lane % 4;
   const int warp = __shfl_sync(kAllLanes, int(threadIdx.x / 32), 0);  // known to be uniform
   const uint32_t lane4 = lane * 4;
-  // Two tokens: lane t reads row g ^ 2t, which is free of bank conflicts as the codes lie in
-  // memory.
-  const int block = blockIdx.x, m0 = blockIdx.y * kTokens;
-  const int row_pair = 2 * pair_order(kIsDiagonal ? g ^ 2 * t : g);
+  const int block = blockIdx.x, m0 = blockIdx.y * kTokens, row_pair = 2 * pair_order(g);
   const int strip_begin = block * a.base + min(block, a.rest);
   const int strip_end = strip_begin + a.base + (block < a.rest);
   launch_dependents();
@@ -92,36 +83,22 @@ __global__ void __launch_bounds__(kThreads, 1)
     aim_scales();
     scale_code = __ldg(scale_at);
   };
-  if constexpr (!kIsDiagonal) load_first_scale();  // the two-token path decodes it late
+  load_first_scale();
 
-  // The first slot of the ring. With more tokens chunk (tile T, row r) of a strip goes to T * 128 +
-  // (r ^ 2T) * 16 against bank conflicts.
+  // The first slot of the ring. Chunk (tile T, row r) of a strip goes to T * 128 + (r ^ 2T) * 16
+  // against bank conflicts.
   const uint32_t ring = shared_address(shared + kItemsAt + warp * kDepth * kItemBytes);
-  const uint32_t barriers =
-      shared_address(shared + kItemsAt + kWarps * kDepth * kItemBytes + warp * kDepth * 8);
-  Feeder<kIsBulk> feeder;
+  Feeder feeder;
   feeder.walk = walk;
-  feeder.to = kIsDiagonal
-                  ? ring + (kIsBulk ? 0 : lane * 16)
-                  : keep(ring + (lane / 8) * kTileBytes + ((lane % 8) ^ (2 * (lane / 8))) * 16);
+  feeder.to = keep(ring + (lane / 8) * kTileBytes + ((lane % 8) ^ (2 * (lane / 8))) * 16);
   feeder.aim(a, lane);
   int step = kDepth == 2 ? kItemBytes : 0;  // to the next slot, for those who read and who write
-  uint32_t barrier = barriers, parity = 0;
   const auto feed = [&] {
-    feeder.issue(a, strip_end, warp, lane, barrier);
+    feeder.issue(a, strip_end, warp, lane);
     feeder.to += step;
   };
-  if constexpr (kIsBulk) {
-    if (lane == 0) {
-      init_barrier(barriers);
-      init_barrier(barriers + 8);
-      fence_barriers();
-    }
-    __syncwarp();
-  }
   feed();
 
-  if constexpr (kIsDiagonal) load_first_scale();
   const auto prefetch_scales = [&](int group) {  // of all row strips, 32 bytes a lane
     const int block = min(group * kStrips + t, a.strips_k - 1) * kTileK >> a.block_shift;
     const char* at = static_cast<const char*>(a.scales) +
@@ -144,14 +121,9 @@ __global__ void __launch_bounds__(kThreads, 1)
   // The second slot waits until x has been asked for: the first slots of all warps come sooner so.
   // In a dependent launch x has to wait anyway.
   const bool is_late = kDepth == 2 && !a.is_dependent;
-  barrier = barriers + 8;
   if (kDepth == 2 && !is_late) feed();
-  // part j of an item: with two tokens lane t reads tile t ^ j of strip t, else tile t of strip j
-  uint32_t read_at[kIsDiagonal ? 4 : 1];
-#pragma unroll
-  for (int j = 0; j < (kIsDiagonal ? 4 : 1); ++j)
-    read_at[j] = keep(ring + (kIsDiagonal ? t * kStripBytes : 0) + (t ^ j) * kTileBytes +
-                      (g ^ (2 * t)) * 16);
+  // part j of an item: tile t of strip j
+  uint32_t read_at = keep(ring + t * kTileBytes + (g ^ (2 * t)) * 16);
   float2* decoded = reinterpret_cast<float2*>(  // [4 strips][8 row pairs], as lanes (g, t) own them
       shared + (kHoles - kScaleHoles) * kSumHoleStride + warp * 2 * kEntryStride +
       kEntryStride / 2);
@@ -161,7 +133,6 @@ __global__ void __launch_bounds__(kThreads, 1)
   TokenFragment<T, kTokens> x;
   int x_group = -1;
   bool is_first = true;
-  uint32_t touched = 0;
   for (int base = strip_begin; base < strip_end; base += walk.rows) {
     if (!is_first) walk.start(a, base, strip_end, warp);
     bool starts_chunk = true;
@@ -176,10 +147,6 @@ __global__ void __launch_bounds__(kThreads, 1)
       own.find(a, kSumsAt, a.by_group ? walk.group : warp, lane);
       uint32_t sum_at = own.at + walk.row * kTiles * own.unit_stride;
       if (walk.left > 0) prefetch_scales(walk.group + 1);
-      if constexpr (kIsDiagonal) {
-        asm volatile("" ::"r"(touched));  // waits for the last one only here
-        if (walk.left > 0) touched = x.touch(a, m0, lane, walk.group + 1);
-      }
       if (is_first) {
         if (is_late) feed();
         if constexpr (kNested) {
@@ -189,7 +156,6 @@ __global__ void __launch_bounds__(kThreads, 1)
           to[kMapBytes / 4 + threadIdx.x] = nested_value;
         }
         step = kDepth == 2 ? kItemBytes : 0;
-        barrier = barriers;
         __syncthreads();
         is_first = false;
       }
@@ -209,23 +175,14 @@ __global__ void __launch_bounds__(kThreads, 1)
       starts_chunk = false;
 #pragma unroll 1
       for (int i = 0; i < walk.run; ++i) {
-        if constexpr (kIsBulk) {
-          wait_barrier(barrier, parity);
-        } else {
-          wait_copies<kDepth - 1>();
-          __syncwarp();
-        }
+        wait_copies<kDepth - 1>();
+        __syncwarp();
         uint4 q[4];
-        const auto read_part = [&](int j) {
-          q[j] = load_shared16(kIsDiagonal ? read_at[j] : read_at[0] + j * kStripBytes);
-        };
+        const auto read_part = [&](int j) { q[j] = load_shared16(read_at + j * kStripBytes); };
         const auto free_slot = [&] {
           __syncwarp();
           feed();
-#pragma unroll
-          for (auto& at : read_at) at += step;
-          if (kIsBulk && step < 0) parity ^= 1;
-          if (kIsBulk) barrier ^= 8;
+          read_at += step;
           step = -step;
         };
         if constexpr (kFreesEarly) {
@@ -251,47 +208,31 @@ __global__ void __launch_bounds__(kThreads, 1)
           scale_at += kTileN / 2;
           if (i + 1 < walk.run) scale_code = __ldg(scale_at);
         };
-        if constexpr (!kIsDiagonal) {
-          decode_scales();
-          decoded[(t >> 1) * (kEntryStride / 8) + (t & 1) * 8 + g] =
-              make_float2(scale[0], scale[1]);
-          __syncwarp();
-        }
-        float acc[kTiles][4] = {}, c[2][4] = {};
+        decode_scales();
+        decoded[(t >> 1) * (kEntryStride / 8) + (t & 1) * 8 + g] = make_float2(scale[0], scale[1]);
+        __syncwarp();
+        float acc[kTiles][4] = {};
 #pragma unroll
         for (int j = 0; j < 4; ++j) {
           if constexpr (!kFreesEarly) {
             read_part(j);
             if (j == 3) free_slot();
           }
-          if constexpr (!kIsDiagonal) {
-#pragma unroll
-            for (int e = 0; e < 4; ++e) c[0][e] = c[1][e] = 0.0f;
-          }
+          float c[kTiles][4] = {};
 #pragma unroll
           for (int step = 0; step < 4; ++step) {
             uint32_t f[4];
             lookup_step(shared, q[j], step, lane4, f);
 #pragma unroll
             for (int tile = 0; tile < kTiles; ++tile)
-              mma_16x8x16<T>(c[kTiles == 2   ? tile
-                               : kIsDiagonal ? step % 2
-                                             : 0],
-                             f, x.word(tile, j, step, 0), x.word(tile, j, step, 1));
+              mma_16x8x16<T>(c[tile], f, x.word(tile, j, step, 0), x.word(tile, j, step, 1));
           }
-          if constexpr (!kIsDiagonal) {
-            const float2 of_strip = decoded[(j >> 1) * (kEntryStride / 8) + (j & 1) * 8 + g];
+          const float2 of_strip = decoded[(j >> 1) * (kEntryStride / 8) + (j & 1) * 8 + g];
 #pragma unroll
-            for (int tile = 0; tile < kTiles; ++tile)
+          for (int tile = 0; tile < kTiles; ++tile)
 #pragma unroll
-              for (int e = 0; e < 4; ++e)
-                acc[tile][e] += (e < 2 ? of_strip.x : of_strip.y) * c[tile][e];
-          }
-        }
-        if constexpr (kIsDiagonal) {
-          decode_scales();
-#pragma unroll
-          for (int e = 0; e < 4; ++e) acc[0][e] = scale[e / 2] * (c[0][e] + c[1][e]);
+            for (int e = 0; e < 4; ++e)
+              acc[tile][e] += (e < 2 ? of_strip.x : of_strip.y) * c[tile][e];
         }
         const bool is_fresh = fresh > 0;
         --fresh;
@@ -338,9 +279,7 @@ FwdKernel pick_fwd(bool is_deep, bool is_nested) {
 
 template <class T>
 FwdKernel pick_fwd(int tokens, bool is_deep, bool is_nested) {
-  return tokens == 2   ? pick_fwd<T, 2>(is_deep, is_nested)
-         : tokens == 8 ? pick_fwd<T, 8>(is_deep, is_nested)
-                       : pick_fwd<T, 16>(is_deep, is_nested);
+  return tokens == 8 ? pick_fwd<T, 8>(is_deep, is_nested) : pick_fwd<T, 16>(is_deep, is_nested);
 }
 
 // Row strips a block. Returns blocks.
@@ -359,7 +298,7 @@ int place_sums(FwdArgs& a, int tokens, int free_bytes) {
   a.by_group = a.groups <= kWarps;
   a.parts = a.by_group ? a.groups : kWarps;
   const int tiles = tokens == 16 ? 2 : 1, parts = a.parts + a.has_start;
-  const int holes = tokens == 2 ? kHoles : kHoles - kScaleHoles;
+  const int holes = kHoles - kScaleHoles;
   const auto bytes = [&](int rows) {
     const int part_bytes = rows * tiles * kSumBytes,
               fitting = std::min(parts, holes / (rows * tiles));
@@ -378,30 +317,23 @@ int place_sums(FwdArgs& a, int tokens, int free_bytes) {
   return bytes(a.chunk);
 }
 
-void pack_book(FwdArgs& a, DType dtype, Format format, float gain) {
-  const Codebook book = codebook(format, gain);
-  for (int i = 0; i < 16; ++i) {
-    uint16_t bits;
-    if (dtype == DType::kBFloat16) {
-      const bf16 v = __float2bfloat16_rn(book.v[i]);
-      memcpy(&bits, &v, 2);
-    } else {
-      const fp16 v = __float2half_rn(book.v[i]);
-      memcpy(&bits, &v, 2);
-    }
-    a.book[i / 2] |= uint32_t(bits) << (i % 2 * 16);
-  }
-  a.inverse_gain = 1.0f / gain;
-}
-
-// FP4's codes are exact in bf16 when multiplied by 12; float16 holds both codebooks well enough.
-float code_gain(DType dtype, Format format) {
-  return dtype == DType::kFloat16 ? 1.0f : format == Format::kNf4 ? 1.43675f : 12.0f;
-}
-
 }  // namespace
 
 namespace skinny {
+
+float pack_book(uint32_t (&book)[8], DType dtype, Format format) {
+  // FP4's codes are exact in bf16 when multiplied by 12; float16 holds both codebooks well enough.
+  const float gain = dtype == DType::kFloat16 ? 1.0f : format == Format::kNf4 ? 1.43675f : 12.0f;
+  const Codebook values = codebook(format, gain);
+  uint16_t bits[16];
+  for (int i = 0; i < 16; ++i) {
+    const bf16 as_bf16 = __float2bfloat16_rn(values.v[i]);
+    const fp16 as_fp16 = __float2half_rn(values.v[i]);
+    memcpy(&bits[i], dtype == DType::kBFloat16 ? static_cast<const void*>(&as_bf16) : &as_fp16, 2);
+  }
+  memcpy(book, bits, sizeof(bits));
+  return 1.0f / gain;
+}
 
 bool weight_fits(const WeightView& w, DType dtype) {
   return (dtype == DType::kBFloat16 || dtype == DType::kFloat16) && is_4bit(w.format) &&
@@ -419,6 +351,7 @@ bool skinny_fits(const QLinearFwdParams& p) {
 }
 
 void qlinear_fwd_skinny(const QLinearFwdParams& p) {
+  if (gemv_fits(p)) return qlinear_fwd_gemv(p);
   const char* name = "qlinear_fwd_skinny_kernel";
   const DeviceFacts facts = device_facts();
   const PackedWeight w = packed_weight(p.w);
@@ -444,8 +377,8 @@ void qlinear_fwd_skinny(const QLinearFwdParams& p) {
   a.has_start = a.s || a.bias;
   a.is_dependent = dependent_launch() && facts.arch >= 90;
   a.ranks_by_4 = p.R % 4 == 0 && is_aligned(p.s, 8) && is_aligned(p.lora_b, 8);
-  pack_book(a, p.dtype, p.w.format, code_gain(p.dtype, p.w.format));
-  const int tokens = p.M <= 2 ? 2 : p.M <= 8 ? 8 : 16;
+  a.inverse_gain = pack_book(a.book, p.dtype, p.w.format);
+  const int tokens = p.M <= 8 ? 8 : 16;
   const bool is_deep = facts.shared_bytes >= items_end(2);
   const int ring_end = items_end(is_deep ? 2 : 1);
   FASTPEFT_CHECK(facts.shared_bytes >= ring_end, name, ": ", ring_end,

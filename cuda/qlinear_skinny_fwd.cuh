@@ -15,9 +15,8 @@ constexpr int kNestedFloats = 512, kNestedAt = kTableBytes + kMapBytes,
 constexpr int kSumBytes = 512, kSumHoleStride = 1024;
 constexpr int kHoles = 64, kScaleHoles = 8;  // the last 8: decoded absmax, 256 bytes a warp
 
-// Behind a deep ring: a barrier a slot.
 constexpr int items_end(int depth) {
-  return kItemsAt + kWarps * depth * kItemBytes + (depth > 1 ? kWarps * depth * 8 : 0);
+  return kItemsAt + kWarps * depth * kItemBytes;
 }
 
 struct FwdArgs {
@@ -45,44 +44,6 @@ struct FwdArgs {
   const void* lora_b;  // [N, R] or null
   void* y;             // [M, N]
 };
-
-#if __CUDA_ARCH__ >= 900
-constexpr bool kHasBulkCopies = true;
-#else
-constexpr bool kHasBulkCopies = false;
-#endif
-
-__device__ __forceinline__ void init_barrier(uint32_t barrier) {
-#if __CUDA_ARCH__ >= 900
-  asm volatile("mbarrier.init.shared::cta.b64 [%0], 1;" ::"r"(barrier));
-#endif
-}
-__device__ __forceinline__ void fence_barriers() {
-#if __CUDA_ARCH__ >= 900
-  asm volatile("fence.mbarrier_init.release.cluster;\nfence.proxy.async.shared::cta;" ::: "memory");
-#endif
-}
-__device__ __forceinline__ void wait_barrier(uint32_t barrier, uint32_t parity) {
-#if __CUDA_ARCH__ >= 900
-  asm volatile(
-      "{\n.reg .pred p;\nW: mbarrier.try_wait.parity.shared::cta.b64 p, [%0], %1;\n@p bra D;\n"
-      "bra W;\nD:\n}" ::"r"(barrier),
-      "r"(parity)
-      : "memory");
-#endif
-}
-// By one lane: `bytes` from global to shared memory, counted by the barrier.
-__device__ __forceinline__ void copy_bulk(uint32_t shared, const void* global, int bytes,
-                                          uint32_t barrier) {
-#if __CUDA_ARCH__ >= 900
-  asm volatile(
-      "mbarrier.arrive.expect_tx.shared::cta.b64 _, [%3], %2;\n"
-      "cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1], %2, [%3];" ::
-          "r"(shared),
-      "l"(global), "r"(bytes), "r"(barrier)
-      : "memory");
-#endif
-}
 
 __device__ __forceinline__ void prefetch(const void* p) {
   asm volatile("prefetch.global.L2 [%0];" ::"l"(p));
@@ -118,9 +79,7 @@ struct Walk {
   }
 };
 
-// Brings the codes of the warp's items into its ring: kIsBulk: lane 0 all of an item, else every
-// lane 16 bytes of a strip.
-template <bool kIsBulk>
+// Brings the codes of the warp's items into its ring, every lane 16 bytes of a strip.
 struct Feeder {
   Walk walk;
   uint32_t to;          // this lane's place in the next slot
@@ -131,7 +90,7 @@ struct Feeder {
     valid = a.strips_k - walk.group * kStrips;
     from = a.codes +
            (int64_t(walk.base + walk.row) * a.strips_k + walk.group * kStrips) * kStripBytes +
-           (kIsBulk ? 0 : lane * 16);
+           lane * 16;
   }
   __device__ __forceinline__ void next_run(const FwdArgs& a, int strip_end, int warp, int lane) {
     if (!walk.next()) {
@@ -147,18 +106,13 @@ struct Feeder {
     }
     aim(a, lane);
   }
-  __device__ __forceinline__ void issue(const FwdArgs& a, int strip_end, int warp, int lane,
-                                        uint32_t barrier) {
+  __device__ __forceinline__ void issue(const FwdArgs& a, int strip_end, int warp, int lane) {
     if (walk.run == 0) next_run(a, strip_end, warp, lane);
     --walk.run;
-    if constexpr (kIsBulk) {
-      if (lane == 0 && valid > 0) copy_bulk(to, from, min(valid, kStrips) * kStripBytes, barrier);
-    } else {
 #pragma unroll
-      for (int j = 0; j < kStrips; ++j)
-        copy_async16(to + j * kStripBytes, from + j * kStripBytes, valid > j ? 16 : 0);
-      commit_copies();
-    }
+    for (int j = 0; j < kStrips; ++j)
+      copy_async16(to + j * kStripBytes, from + j * kStripBytes, valid > j ? 16 : 0);
+    commit_copies();
     from += int64_t(a.strips_k) * kStripBytes;
   }
 };
@@ -166,7 +120,6 @@ struct Feeder {
 // x of the tokens of a launch's row of blocks, 256 columns, in four parts.
 template <class T, int kTokens>
 struct TokenFragment {
-  static constexpr bool kIsDiagonal = kTokens == 2;
   static constexpr int kTiles = kTokens == 16 ? 2 : 1;
   uint4 low[kTiles][4], high[kTiles][4];
 
@@ -176,31 +129,22 @@ struct TokenFragment {
     return word_of(step < 2 ? low[tile][j] : high[tile][j], step % 2 * 2 + e);
   }
   __device__ __forceinline__ void load(const FwdArgs& a, int m0, int g, int t, int group) {
-    const int strip = group * kStrips + (kIsDiagonal ? t : 0);
+    const int strip = group * kStrips;
 #pragma unroll
     for (int i = 0; i < kTiles; ++i) {
-      const int m = m0 + (kIsDiagonal ? g % 2 : 8 * i + g);
-      const bool is_valid = m < a.M && (!kIsDiagonal || g / 2 == t);
+      const int m = m0 + 8 * i + g;
       const char* row =
           static_cast<const char*>(a.x) + (int64_t(m) * a.K + strip * kTileK) * sizeof(T);
 #pragma unroll
       for (int j = 0; j < 4; ++j) {
-        const uint4* at = reinterpret_cast<const uint4*>(
-            row + (kIsDiagonal ? (t ^ j) * 32 : j * kTileK * sizeof(T) + t * 32));
+        const uint4* at = reinterpret_cast<const uint4*>(row + j * kTileK * sizeof(T) + t * 32);
         low[i][j] = high[i][j] = make_uint4(0, 0, 0, 0);
-        if (is_valid && strip + (kIsDiagonal ? 0 : j) < a.strips_k) {
+        if (m < a.M && strip + j < a.strips_k) {
           low[i][j] = at[0];
           high[i][j] = at[1];
         }
       }
     }
-  }
-  // Two tokens: brings x of a group into L1, 32 bytes a lane. The value is of no interest.
-  __device__ __forceinline__ uint32_t touch(const FwdArgs& a, int m0, int lane, int group) const {
-    const int m = m0 + lane / 16, column = group * kStrips * kTileK + lane % 16 * 16;
-    if (m >= a.M || column >= a.K) return 0;
-    return *reinterpret_cast<const uint32_t*>(static_cast<const T*>(a.x) + int64_t(m) * a.K +
-                                              column);
   }
 };
 
@@ -268,7 +212,6 @@ __device__ __forceinline__ void prefetch_start(const FwdArgs& a, int strip, int 
 template <class T, int kTokens, int kTiles>
 __device__ __forceinline__ void start_sums(const FwdArgs& a, int strip, int m0, int g, int t,
                                            float (&acc)[kTiles][4]) {
-  constexpr bool kIsDiagonal = kTokens == 2;
   const int64_t n = int64_t(strip) * kTileN + 2 * pair_order(g);
 #pragma unroll
   for (int i = 0; i < kTiles; ++i)
@@ -289,7 +232,7 @@ __device__ __forceinline__ void start_sums(const FwdArgs& a, int strip, int m0, 
   }
   const T* bias = static_cast<const T*>(a.bias);
   float value[2] = {0.0f, 0.0f};
-  if (bias && (!kIsDiagonal || t == 0)) {
+  if (bias) {
 #pragma unroll
     for (int e = 0; e < 2; ++e)
       if (n + e < a.N) value[e] = to_acc(bias[n + e]);
@@ -305,27 +248,13 @@ template <class T, int kTokens>
 __device__ __forceinline__ void write_sums(const FwdArgs& a, int strip, int tile, int m0, int g,
                                            int t, float4 sum) {
   const int64_t n = int64_t(strip) * kTileN + 2 * pair_order(g);
-  if constexpr (kTokens == 2) {  // columns are (strip, token): add strips; lane t writes token t
-    float* v = &sum.x;
 #pragma unroll
-    for (int e = 0; e < 4; ++e) {
-      v[e] += __shfl_xor_sync(kAllLanes, v[e], 1);
-      v[e] += __shfl_xor_sync(kAllLanes, v[e], 2);
-    }
-    if (t < 2 && m0 + t < a.M) {
-      T* y = static_cast<T*>(a.y) + int64_t(m0 + t) * a.N + n;
-      if (n < a.N) y[0] = from_acc<T>(t ? sum.y : sum.x);
-      if (n + 1 < a.N) y[1] = from_acc<T>(t ? sum.w : sum.z);
-    }
-  } else {
-#pragma unroll
-    for (int e = 0; e < 2; ++e) {
-      const int64_t m = m0 + 8 * tile + 2 * t + e;
-      if (m >= a.M) continue;
-      T* y = static_cast<T*>(a.y) + m * a.N + n;
-      if (n < a.N) y[0] = from_acc<T>(e ? sum.y : sum.x);
-      if (n + 1 < a.N) y[1] = from_acc<T>(e ? sum.w : sum.z);
-    }
+  for (int e = 0; e < 2; ++e) {
+    const int64_t m = m0 + 8 * tile + 2 * t + e;
+    if (m >= a.M) continue;
+    T* y = static_cast<T*>(a.y) + m * a.N + n;
+    if (n < a.N) y[0] = from_acc<T>(e ? sum.y : sum.x);
+    if (n + 1 < a.N) y[1] = from_acc<T>(e ? sum.w : sum.z);
   }
 }
 
@@ -338,8 +267,8 @@ __device__ __forceinline__ void finish_sums(const FwdArgs& a, const unsigned cha
   for (int unit = warp; unit < rows * kTiles; unit += kWarps) {
     float4 sum = {};
     const auto add = [&](int part, int count) {
-      SumPlace<kTiles> place;  // with two tokens lane t of row g has summed row g ^ 2t
-      place.find(a, sums_at, part, kTokens == 2 ? lane ^ 8 * t : lane);
+      SumPlace<kTiles> place;
+      place.find(a, sums_at, part, lane);
       const unsigned char* at = shared + place.at + unit * place.unit_stride;
 #pragma unroll 8
       for (int i = 0; i < count; ++i, at += place.part_stride(a)) {

@@ -234,11 +234,11 @@ void test_linears() {
       const HostWeight host =
           make_weight(s.format, s.N, s.K, s.blocksize, is_nested, unsigned(s.N + s.K));
       const DeviceWeight device(host);
-      for (const int64_t M : {1, 5, 8, 13, 17}) {
-        const int64_t R = M == 1 ? 0 : M == 5 ? 13 : M == 8 ? 16 : 33;
+      for (const int64_t M : {1, 2, 5, 8, 13, 17}) {
+        const int64_t R = M == 1 ? 0 : M == 2 ? 7 : M == 5 ? 13 : M == 8 ? 16 : 33;
         test_linear<__nv_bfloat16>(host, device, M, R, 0);
         test_linear<__half>(host, device, M, R, 0);
-        if (M > 5) continue;
+        if (M == 2 || M > 5) continue;
         test_linear<float>(host, device, M, R, 0);
         test_linear<double>(host, device, M, R, 0);
         test_linear<__nv_bfloat16>(host, device, M, R, 2);  // misaligned activations
