@@ -18,12 +18,13 @@
 // decoded itself. Sums over t: three shuffles; over the items of a warp: its records in shared
 // memory; over the warps: at the end, in their order.
 //
-// Codes come by bulk copies, which do not pass the load-store pipe (cp.async: 16 of its clocks an
-// item). Whatever a block asks for behind the codes arrives behind them: 64 KB a multiprocessor in
-// flight are 3700 clocks (measured; small loads alone take 450, before the stream 900), so three
-// slots a warp are slower than two. Nothing is general that need not be: a ragged last group is
-// moved back over its neighbour (x is zero there), a warp without items takes one with x = 0, and
-// there is no division.
+// Whatever a block asks for behind the codes arrives behind them: 64 KB a multiprocessor in flight
+// are 3700 clocks (measured; small loads alone take 450, before the stream 900). So the small
+// things are asked for first, and in the loop the scales, their second level and the x of a new
+// group travel with the codes, two items ahead; nothing is loaded when it is needed. Codes come by
+// bulk copies, which do not pass the load-store pipe. Nothing is general that need not be: a ragged
+// last group is moved back over its neighbour (x is zero there), a warp without items takes one
+// with x = 0, and there is no division.
 //
 // Bound: reading the codes once, 0.516 bytes a weight: 117 clocks an item and multiprocessor at 18
 // bytes a clock. The load-store pipe, an item: 64 lookups + 16 (ldmatrix) + 7 (map) + about 11
@@ -39,16 +40,20 @@ namespace {
 
 using namespace skinny;
 
-constexpr int kStrips = 4, kMaxRows = 30;  // strips of an item; row strips a block
+constexpr int kStrips = 4, kMaxRows = 16;  // strips of an item; row strips a block
 constexpr int kDepth = 2;
-// Shared memory: lookup table | rings [kWarps][kDepth][2048] | offset, map | bias and LoRA's sums |
-// barriers, one a slot and one of the map | sums of the warps, unless they fit into the table's
-// holes: an entry fills the first half of its 256 bytes.
-constexpr int kItemBytes = kStrips * kStripBytes, kRingBytes = kDepth * kItemBytes;
-constexpr int kRingsAt = kTableBytes, kMapAt = kRingsAt + kWarps * kRingBytes, kMapCopied = 1040,
-              kSumBytes = 128,  // a row strip: a float a lane
-    kStartAt = kMapAt + kMapCopied + 112, kBarriersAt = kStartAt + kMaxRows * kSumBytes,
-              kSumsAt = kBarriersAt + (kWarps * kDepth + 2) * 8;
+// Shared memory: lookup table, an entry in the first half of its 256 bytes, a record of sums in the
+// second | rings [kWarps][kDepth][kSlotBytes] | barriers, one a slot and one of the map | offset,
+// map | second-level absmax of the block's rows, a copy a warp | bias, s, lora_b.
+// A slot: codes of an item | scales [4 strips][16 rows] | x of its group, where it is the first
+// item of one: [2 tokens][4 strips] 128 bytes in 144, so that the lanes (token, strip, t) never
+// meet in a bank.
+constexpr int kSlotScalesAt = kStrips * kStripBytes, kSlotXAt = kSlotScalesAt + 256, kXStride = 144,
+              kTokenStride = kStrips * kXStride, kSlotBytes = kSlotXAt + 2 * kTokenStride;
+constexpr int kRingsAt = kTableBytes, kBarriersAt = kRingsAt + kWarps * kDepth * kSlotBytes,
+              kMapAt = kBarriersAt + kWarps * kDepth * 8 + 16, kMapCopied = 1040,
+              kNestedAt = kMapAt + kMapCopied;
+constexpr int kSumsAt = kEntryStride / 2, kRowSums = kWarps * kEntryStride;  // [row strip][warp]
 
 struct Args {
   const uint8_t* codes;    // [strips_n][strips_k][512]
@@ -60,12 +65,11 @@ struct Args {
   uint32_t reciprocal[2];  // 2^31 / base and / (base + 1), up
   int block_shift;         // log2 of blocksize / 64
   int blocks_a_row, Np, N, K, M;
-  float inverse_gain;       // 1 / gain
-  int sums_at, sum_stride;  // record i: part, row strip
+  uint32_t book[8];    // 16 codes times gain, 16 bits each
+  float inverse_gain;  // 1 / gain
   bool is_dependent;
-  bool has_start;    // bias or LoRA
-  bool ranks_by_4;   // s and lora_b can be read four ranks at once
-  uint32_t book[8];  // 16 codes times gain, 16 bits each
+  int nested_stride;  // bytes of a warp's copy of the second level
+  int staged_at;      // bias, s, lora_b in shared memory, or 0: they are read where they are
   int R;
   float scaling;
   const void* bias;    // [N] or null
@@ -111,9 +115,6 @@ __device__ __forceinline__ void copy_bulk(uint32_t shared, const void* global, i
       : "memory");
 #endif
 }
-__device__ __forceinline__ void prefetch(const void* p) {
-  asm volatile("prefetch.global.L2 [%0];" ::"l"(p));
-}
 __device__ __forceinline__ uint4 load_matrices(uint32_t shared) {
   uint4 v;
   asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0,%1,%2,%3}, [%4];"
@@ -123,44 +124,40 @@ __device__ __forceinline__ uint4 load_matrices(uint32_t shared) {
   return v;
 }
 
-// bias + scaling * s B^T of one output.
+// s B^T of one output; staged: ranks by eight.
 template <class T>
-__device__ __forceinline__ float start_sum(const Args& a, int m, int64_t n) {
+__device__ __forceinline__ float low_rank(const T* s, const T* factor, int R, bool is_staged) {
   float sum = 0.0f;
-  if (a.s) {
-    const T* s = static_cast<const T*>(a.s) + int64_t(m) * a.R;
-    const T* factor = static_cast<const T*>(a.lora_b) + n * a.R;
-    if (a.ranks_by_4) {
-#pragma unroll 4
-      for (int r = 0; r < a.R; r += 4) {
-        const uint2 v = *reinterpret_cast<const uint2*>(s + r),
-                    w = *reinterpret_cast<const uint2*>(factor + r);
-        const float2 v0 = unpack_pair<T>(v.x), v1 = unpack_pair<T>(v.y);
-        const float2 w0 = unpack_pair<T>(w.x), w1 = unpack_pair<T>(w.y);
-        sum += v0.x * w0.x + v0.y * w0.y + (v1.x * w1.x + v1.y * w1.y);
-      }
-    } else {
+  if (!is_staged) {
 #pragma unroll 1
-      for (int r = 0; r < a.R; ++r) sum += to_acc(s[r]) * to_acc(factor[r]);
-    }
-    sum *= a.scaling;
+    for (int r = 0; r < R; ++r) sum += to_acc(s[r]) * to_acc(factor[r]);
+    return sum;
   }
-  return a.bias ? sum + to_acc(static_cast<const T*>(a.bias)[n]) : sum;
+#pragma unroll 1
+  for (int r = 0; r < R; r += 8) {
+    const uint4 v = load_shared16(shared_address(s + r)),
+                w = load_shared16(shared_address(factor + r));
+#pragma unroll
+    for (int i = 0; i < 4; ++i) {
+      const float2 v2 = unpack_pair<T>(word_of(v, i)), w2 = unpack_pair<T>(word_of(w, i));
+      sum += v2.x * w2.x + v2.y * w2.y;
+    }
+  }
+  return sum;
 }
 
 template <class T, bool kNested>
 __global__ void __launch_bounds__(kThreads, 1)
     qlinear_fwd_gemv_kernel(const __grid_constant__ Args a) {
   extern __shared__ __align__(1024) unsigned char shared[];
-  using Scale = std::conditional_t<kNested, uint16_t, float2>;  // of two rows, as stored
+  constexpr int kScaleBytes = kNested ? 1 : 4;
   const int lane = threadIdx.x % 32, g = lane / 4, t = lane % 4;
   const int warp = __shfl_sync(kAllLanes, int(threadIdx.x / 32), 0);  // known to be uniform
   const int block = blockIdx.x, is_long = block < a.rest;
   const int first_strip = block * a.base + min(block, a.rest), rows = a.base + is_long;
-
-  const uint32_t base = shared_address(shared);
-  const uint32_t barriers = base + kBarriersAt + warp * kDepth * 8,
-                 map_barrier = base + kBarriersAt + kWarps * kDepth * 8;
+  const uint32_t base = shared_address(shared), ring = base + kRingsAt + warp * kDepth * kSlotBytes,
+                 barriers = base + kBarriersAt + warp * kDepth * 8,
+                 map_barrier = base + kMapAt - 16;
   if (kHasBulkCopies && lane == 0) {
 #pragma unroll
     for (int i = 0; i < kDepth; ++i) init_barrier(barriers + i * 8);
@@ -168,99 +165,109 @@ __global__ void __launch_bounds__(kThreads, 1)
     fence_barriers();
     if (kNested && warp == 0) copy_bulk(base + kMapAt, a.nested, kMapCopied, map_barrier);
   }
+
   // The warp's items. Those of the feeder run kDepth ahead of those being computed.
   const uint32_t items = rows * a.groups, first = items * warp / kWarps;
   const int count = items * (warp + 1) / kWarps - first;
-  int group = int(uint64_t(first) * a.reciprocal[is_long] >> 31), row = first - group * rows;
+  int group = int(uint64_t(first) * a.reciprocal[is_long] >> 31);
+  int row = first - group * rows;
   int left = max(count, 1);  // an item with x = 0 where there is none
+  int feed_group = group, feed_row = row, feed_left = left;
   const int row_bytes = a.strips_k * kStripBytes;
   const auto first_column_strip = [&](int of) { return min(of * kStrips, a.strips_k - kStrips); };
-  const uint8_t* const rows_from = a.codes + int64_t(first_strip) * row_bytes;
-  const uint8_t* from =
-      rows_from + int64_t(row) * row_bytes + first_column_strip(group) * kStripBytes;
-  int feed_group = group, feed_row = row, feed_left = left;
-  const uint32_t ring = base + kRingsAt + warp * kRingBytes;
-  const auto feed = [&](int slot) {
-    if (feed_left > 0) {
-      if constexpr (kHasBulkCopies) {
-        if (lane == 0) copy_bulk(ring + slot * kItemBytes, from, kItemBytes, barriers + slot * 8);
-      } else {
+  const uint8_t* from;      // codes of the feeder's item
+  const char* scales_from;  // a lane copies 16 bytes of one strip, or none
+  const auto aim = [&] {
+    const int strip = first_column_strip(feed_group);
+    from = a.codes + int64_t(first_strip + feed_row) * row_bytes + strip * kStripBytes;
+    const int k_block = (strip + lane / kScaleBytes % kStrips) >> a.block_shift;
+    scales_from = static_cast<const char*>(a.scales) +
+                  (int64_t(k_block) * a.Np + (first_strip + feed_row) * kTileN) * kScaleBytes +
+                  lane % kScaleBytes * 16;
+  };
+  const auto advance = [&] {
+    --feed_left;
+    from += row_bytes;
+    scales_from += kTileN * kScaleBytes;
+    if (++feed_row == rows) {
+      feed_row = 0;
+      ++feed_group;
+      aim();
+    }
+  };
+  const auto copy_codes = [&](uint32_t slot, uint32_t barrier, const uint8_t* codes) {
+    if constexpr (kHasBulkCopies) {
+      if (lane == 0) copy_bulk(slot, codes, kStrips * kStripBytes, barrier);
+    } else {
 #pragma unroll
-        for (int j = 0; j < kStrips; ++j)
-          copy_async16(ring + slot * kItemBytes + j * kStripBytes + lane * 16,
-                       from + j * kStripBytes + lane * 16, 16);
-      }
-      from += row_bytes;
-      --feed_left;
-      if (++feed_row == rows) {
-        feed_row = 0;
-        ++feed_group;
-        from = rows_from + first_column_strip(feed_group) * kStripBytes;
+      for (int j = 0; j < kStrips; ++j)
+        copy_async16(slot + j * kStripBytes + lane * 16, codes + j * kStripBytes + lane * 16, 16);
+    }
+  };
+  const auto copy_scales = [&](uint32_t slot) {
+    if (lane < kStrips * kScaleBytes)
+      copy_async16(slot + kSlotScalesAt + lane * 16, scales_from, 16);
+  };
+  // Zeros where a moved last group overlaps the one before, and for an item that is none.
+  const auto copy_x = [&](uint32_t slot, int of) {
+    const int strip = first_column_strip(of);
+    const bool is_valid = strip + lane / 8 >= of * kStrips && count > 0;
+    const char* at = static_cast<const char*>(a.x) + (strip * kTileK + lane * 8) * int(sizeof(T));
+    const uint32_t to = slot + kSlotXAt + lane / 8 * kXStride + lane % 8 * 16;
+    copy_async16(to, at, is_valid ? 16 : 0);
+    if (a.M > 1)
+      copy_async16(to + kTokenStride, at + int64_t(a.K) * int(sizeof(T)), is_valid ? 16 : 0);
+  };
+
+  const bool has_second = left > 1, has_second_group = has_second && row + 1 == rows;
+  // What the kernel before may have written.
+  const auto copy_activations = [&] {
+    copy_x(ring, group);
+    if (has_second_group) copy_x(ring + kSlotBytes, group + 1);
+    if (a.staged_at) {
+      const int n = first_strip * kTileN, outputs = min(rows * kTileN, a.N - n);
+      const auto stage = [&](int at, const void* from, int bytes) {
+#pragma unroll 1
+        for (int i = threadIdx.x * 16; i < bytes; i += kThreads * 16)
+          copy_async16(base + at + i, static_cast<const char*>(from) + i, min(bytes - i, 16));
+      };
+      const int row_bytes = a.R * int(sizeof(T));
+      if (a.bias) stage(a.staged_at, static_cast<const T*>(a.bias) + n, outputs * int(sizeof(T)));
+      if (a.s) {
+        stage(a.staged_at + kMaxRows * kTileN * int(sizeof(T)), a.s, a.M * row_bytes);
+        stage(a.staged_at + kMaxRows * kTileN * int(sizeof(T)) + 2 * row_bytes,
+              static_cast<const T*>(a.lora_b) + int64_t(n) * a.R, outputs * row_bytes);
       }
     }
-    if constexpr (!kHasBulkCopies) commit_copies();
   };
-  if constexpr (kNested && !kHasBulkCopies) {
-    if (threadIdx.x <= 256) copy_async4(base + kMapAt + threadIdx.x * 4, a.nested + threadIdx.x, 4);
-  }
-  feed(0);
+  // Whatever is asked for behind the codes of all multiprocessors comes behind them: so the small
+  // things stand before the second codes.
+  const int nested_first = first_strip * kTileN * a.blocks_a_row;
+  const uint32_t own_nested = kNestedAt + warp * a.nested_stride;
+  aim();
+  copy_codes(ring, barriers, from);
   launch_dependents();
-
-  // Scales of two rows of strip t of an item, asked for while the item before is finished.
-  const int row_pair = 2 * pair_order(g);
-  const Scale* scale_at;
-  int nested_at;  // index of the first row's block, row-major
-  std::conditional_t<kNested, uint32_t, float2> scale;
-  float nested[2];
-  const auto aim_scales = [&] {
-    const int k_block = (first_column_strip(group) + t) >> a.block_shift;
-    const int n = (first_strip + row) * kTileN + row_pair;
-    scale_at = reinterpret_cast<const Scale*>(static_cast<const char*>(a.scales) +
-                                              (int64_t(k_block) * a.Np + n) * (sizeof(Scale) / 2));
-    nested_at = n * a.blocks_a_row + k_block;
-  };
-  const int last_nested = (a.N * a.blocks_a_row - 1) >> 8;
-  const auto load_scales = [&] {
-    scale = __ldg(scale_at);
-    if constexpr (kNested) {
-#pragma unroll
-      for (int i = 0; i < 2; ++i)  // rows past N have no block
-        nested[i] = __ldg(a.nested + 257 + min((nested_at + i * a.blocks_a_row) >> 8, last_nested));
-    }
-  };
-  aim_scales();
-  load_scales();
-  const auto prefetch_scales = [&] {  // of the group's row strips, up to 16
-    const int at = lane / 4 * (kNested ? 32 : 128);
-    if (at < (rows - row) * kTileN * int(sizeof(Scale) / 2))
-      prefetch(reinterpret_cast<const char*>(scale_at - row_pair / 2) + at);
-  };
-  if (rows > 1) prefetch_scales();
-
-  if (a.has_start) {  // into L2: what start_sum() will read; the values may still change there
-    const int n = first_strip * kTileN, outputs = min(rows * kTileN, a.N - n);
-    const int at = threadIdx.x * 32;
-    if (a.bias && at < outputs * int(sizeof(T)))
-      prefetch(static_cast<const char*>(a.bias) + n * int64_t(sizeof(T)) + at);
-    if (a.s && at < outputs * a.R * int(sizeof(T)))
-      prefetch(static_cast<const char*>(a.lora_b) + int64_t(n) * a.R * int64_t(sizeof(T)) + at);
+  if (!a.is_dependent) {
+    copy_activations();
+    commit_copies();
   }
-
-  // x of token g % 2, strip g / 2: words (pair t, pair t + 4) of four tiles.
-  uint32_t x[8];
-  const auto load_x = [&] {
-    const int strip = first_column_strip(group) + g / 2;
-    const bool is_valid = g % 2 < a.M && strip >= group * kStrips && count > 0;
-    const char* at = static_cast<const char*>(a.x) +
-                     (int64_t(g % 2) * a.K + strip * kTileK + 2 * t) * int64_t(sizeof(T));
-#pragma unroll
-    for (int i = 0; i < 8; ++i) {
-      x[i] = 0;
-      if (is_valid) x[i] = *reinterpret_cast<const uint32_t*>(at + i * 16);
-    }
-  };
-  const auto fill_table = [&] {
-    // two threads an entry, 64 bytes each, rotated so that stores spread over the banks
+  copy_scales(ring);
+  advance();
+  if (has_second) copy_scales(ring + kSlotBytes);
+  if constexpr (kNested) {
+    const int last = (min((first_strip + rows) * kTileN, a.N) * a.blocks_a_row - 1) >> 8;
+#pragma unroll 1
+    for (int i = lane; i <= last - (nested_first >> 8); i += 32)
+      copy_async4(base + own_nested + i * 4, a.nested + 257 + (nested_first >> 8) + i, 4);
+    if (!kHasBulkCopies && threadIdx.x <= 256)
+      copy_async4(base + kMapAt + threadIdx.x * 4, a.nested + threadIdx.x, 4);
+  }
+  if (has_second) {
+    copy_codes(ring + kSlotBytes, barriers + 8, from);
+    advance();
+  }
+  commit_copies();
+  {  // two threads an entry, 64 bytes each, rotated so that stores spread over the banks
     const uint32_t low = a.book[lane / 4] >> (lane / 2 % 2 * 16), high = a.book[warp / 2];
     const uint32_t pair = __byte_perm(low, high, warp % 2 ? 0x7610 : 0x5410);
     const int entry = threadIdx.x / 2;
@@ -268,56 +275,54 @@ __global__ void __launch_bounds__(kThreads, 1)
     for (int q = 0; q < 4; ++q)
       *reinterpret_cast<uint4*>(shared + entry * kEntryStride + lane % 2 * 64 +
                                 ((q + entry) & 3) * 16) = make_uint4(pair, pair, pair, pair);
-  };
-  const auto feed_others = [&] {
-#pragma unroll
-    for (int i = 1; i < kDepth; ++i) feed(i);
-  };
-  // x stands before the other slots, or it would arrive behind them; in a dependent launch it has
-  // to wait anyway.
+  }
+  // Sums: [row strip][warp][lane] floats, lane (g, t): row pair g, row t / 2, token t % 2.
+  unsigned char* const sums = shared + kSumsAt + lane * 4;
+  unsigned char* sum_at = sums + warp * kEntryStride;
+#pragma unroll 1
+  for (int i = 0; i < rows; ++i) *reinterpret_cast<float*>(sum_at + i * kRowSums) = 0.0f;
+  sum_at += row * kRowSums;
   if (a.is_dependent) {
-    feed_others();
-    fill_table();
+    wait_for_predecessor();
+    copy_activations();
+    commit_copies();
   }
-  wait_for_predecessor();
-  load_x();
-  if (!a.is_dependent) {
-    feed_others();
-    fill_table();
-  }
-  // Sums of a warp: [row strip][lane] floats, lane (g, t): row pair g, row t / 2, token t % 2.
-  unsigned char* const sums = shared + a.sums_at + lane * 4;
-  unsigned char* const own_sums = sums + warp * rows * a.sum_stride;
-#pragma unroll 1
-  for (int i = 0; i < rows; ++i) *reinterpret_cast<float*>(own_sums + i * a.sum_stride) = 0.0f;
-  if constexpr (kNested && !kHasBulkCopies) wait_copies<kDepth - 1>();  // the map
+  if constexpr (!kHasBulkCopies) wait_copies<0>();
   __syncthreads();
-  if (a.has_start) {
-#pragma unroll 1
-    for (int i = threadIdx.x; i < rows * 32; i += kThreads) {
-      const int n = (first_strip + i / 32) * kTileN + row_pair + t / 2;
-      reinterpret_cast<float*>(shared + kStartAt)[i] =
-          t % 2 < a.M && n < a.N ? start_sum<T>(a, t % 2, n) : 0.0f;
-    }
-  }
 
-  const uint32_t lane4 = lane * 4, read_at = ring + lane * 16;
-  int slot = 0;
-  uint32_t parity = 0;
-  bool is_first = true;
+  const int row_pair = 2 * pair_order(g);
+  int nested_at;  // index of the first row's block in the warp's copy, times 256
+  const auto aim_nested = [&] {
+    nested_at = (row * kTileN + row_pair) * a.blocks_a_row + (nested_first & 255) +
+                ((first_column_strip(group) + t) >> a.block_shift);
+  };
+  aim_nested();
+  const uint32_t lane4 = lane * 4;
+  const unsigned char* slot = shared + kRingsAt + warp * kDepth * kSlotBytes;
+  uint32_t barrier = barriers, parity = 0, x[8];
+  int to_other = kSlotBytes;
+  bool is_new = true, is_first = true;
 #pragma unroll 1
   for (; left > 0; --left) {
-    if constexpr (kHasBulkCopies) {
-      wait_barrier(barriers + slot * 8, parity);
-    } else {
+    if constexpr (kHasBulkCopies) wait_barrier(barrier, parity);
+    if (is_first && a.is_dependent)
+      wait_copies<0>();  // x was asked for last
+    else
       wait_copies<kDepth - 1>();
-      __syncwarp();
+    __syncwarp();
+    if (is_new) {
+      const unsigned char* at = slot + kSlotXAt + g % 2 * kTokenStride + g / 2 * kXStride + t * 4;
+#pragma unroll
+      for (int i = 0; i < 8; ++i) {
+        x[i] = 0;
+        if (g % 2 < a.M) x[i] = *reinterpret_cast<const uint32_t*>(at + i * 16);
+      }
     }
     // A strip's products stand in all columns; those of its own x are picked afterwards.
     float c[kStrips][4] = {};
 #pragma unroll
     for (int j = 0; j < kStrips; ++j) {
-      const uint4 q = load_matrices(read_at + slot * kItemBytes + j * kStripBytes);
+      const uint4 q = load_matrices(shared_address(slot) + j * kStripBytes + lane * 16);
 #pragma unroll
       for (int tile = 0; tile < 4; ++tile) {
         const uint32_t word = word_of(q, tile);
@@ -327,44 +332,41 @@ __global__ void __launch_bounds__(kThreads, 1)
         mma_16x8x16<T>(c[j], f, x[2 * tile], x[2 * tile + 1]);
       }
     }
-    __syncwarp();
-    feed(slot);
-    if (++slot == kDepth) {
-      slot = 0;
-      parity ^= 1;
-    }
     if (is_first) {
       is_first = false;
+      wait_copies<0>();
+      __syncwarp();
       if constexpr (kNested && kHasBulkCopies) wait_barrier(map_barrier, 0);
     }
     float of_row[2];
     if constexpr (kNested) {
-      const unsigned char* map = shared + kMapAt;
-      const float offset = *reinterpret_cast<const float*>(map);
+      const uint32_t code =
+          *reinterpret_cast<const uint16_t*>(slot + kSlotScalesAt + t * 16 + row_pair);
+      const float* const map = reinterpret_cast<const float*>(shared + kMapAt);
 #pragma unroll
-      for (int i = 0; i < 2; ++i)
-        of_row[i] = __fmaf_rn(
-            *reinterpret_cast<const float*>(map + 4 + ((i ? scale >> 6 : scale << 2) & 0x3FC)),
-            nested[i], offset);
+      for (int i = 0; i < 2; ++i) {
+        const float nested = *reinterpret_cast<const float*>(
+            shared + own_nested + ((nested_at + i * a.blocks_a_row) >> 8) * 4);
+        of_row[i] = __fmaf_rn(map[1 + (code >> 8 * i & 255)], nested, map[0]);
+      }
     } else {
+      const float2 scale =
+          *reinterpret_cast<const float2*>(slot + kSlotScalesAt + t * 64 + row_pair * 4);
       of_row[0] = scale.x;
       of_row[1] = scale.y;
     }
-    float* const sum_at = reinterpret_cast<float*>(own_sums + row * a.sum_stride);
-    if (++row == rows) {
-      row = 0;
-      ++group;
-      if (left > 1) {
-        load_x();
-        aim_scales();
-        prefetch_scales();
-        load_scales();
-      }
-    } else {
-      scale_at += kTileN / 2;
-      nested_at += kTileN * a.blocks_a_row;
-      if (left > 1) load_scales();
+    __syncwarp();
+    if (feed_left > 0) {
+      copy_codes(shared_address(slot), barrier, from);
+      copy_scales(shared_address(slot));
+      if (feed_row == 0) copy_x(shared_address(slot), feed_group);
+      advance();
     }
+    commit_copies();
+    slot += to_other;
+    if (to_other < 0) parity ^= 1;
+    to_other = -to_other;
+    barrier ^= 8;
     // rows 2p, 2p + 1 of strip t by token; lane t keeps row t / 2, token t % 2 of all strips
     const bool is_odd = t % 2, is_upper = t / 2;
     float v[4];
@@ -374,20 +376,41 @@ __global__ void __launch_bounds__(kThreads, 1)
           of_row[e / 2] * (is_upper ? (is_odd ? c[3][e] : c[2][e]) : (is_odd ? c[1][e] : c[0][e]));
     const float row0 = (is_odd ? v[1] : v[0]) + __shfl_xor_sync(kAllLanes, is_odd ? v[0] : v[1], 1);
     const float row1 = (is_odd ? v[3] : v[2]) + __shfl_xor_sync(kAllLanes, is_odd ? v[2] : v[3], 1);
-    *sum_at += (is_upper ? row1 : row0) + __shfl_xor_sync(kAllLanes, is_upper ? row0 : row1, 2);
+    *reinterpret_cast<float*>(sum_at) +=
+        (is_upper ? row1 : row0) + __shfl_xor_sync(kAllLanes, is_upper ? row0 : row1, 2);
+    sum_at += kRowSums;
+    nested_at += kTileN * a.blocks_a_row;
+    is_new = ++row == rows;
+    if (is_new) {
+      row = 0;
+      ++group;
+      sum_at -= rows * kRowSums;
+      aim_nested();
+    }
   }
+  wait_copies<0>();  // bias, s, lora_b
   __syncthreads();
 #pragma unroll 1
   for (int i = threadIdx.x; i < rows * 32; i += kThreads) {
-    const unsigned char* const at = sums + i / 32 * a.sum_stride;
+    const unsigned char* const at = sums + i / 32 * kRowSums;
     float sum = 0.0f;
 #pragma unroll
     for (int part = 0; part < kWarps; ++part)
-      sum += *reinterpret_cast<const float*>(at + part * rows * a.sum_stride);
+      sum += *reinterpret_cast<const float*>(at + part * kEntryStride);
     sum *= a.inverse_gain;
-    if (a.has_start) sum += reinterpret_cast<const float*>(shared + kStartAt)[i];
-    const int n = (first_strip + i / 32) * kTileN + row_pair + t / 2, m = t % 2;
-    if (m < a.M && n < a.N) static_cast<T*>(a.y)[int64_t(m) * a.N + n] = from_acc<T>(sum);
+    const int o = i / 32 * kTileN + row_pair + t / 2, n = first_strip * kTileN + o, m = t % 2;
+    if (m >= a.M || n >= a.N) continue;
+    const T *bias = static_cast<const T*>(a.bias), *s = static_cast<const T*>(a.s) + m * a.R,
+            *factor = static_cast<const T*>(a.lora_b) + int64_t(n) * a.R;
+    if (a.staged_at) {
+      const T* staged = reinterpret_cast<const T*>(shared + a.staged_at);
+      bias = staged - first_strip * kTileN;
+      s = staged + kMaxRows * kTileN + m * a.R;
+      factor = staged + kMaxRows * kTileN + 2 * a.R + o * a.R;
+    }
+    if (a.s) sum += a.scaling * low_rank(s, factor, a.R, a.staged_at > 0);
+    if (a.bias) sum += to_acc(bias[n]);
+    static_cast<T*>(a.y)[int64_t(m) * a.N + n] = from_acc<T>(sum);
   }
 }
 
@@ -407,12 +430,13 @@ int split_rows(Args& a, int strips_n, int sm_count) {
   return blocks;
 }
 
-// Sums of up to 16 row strips lie in the holes.
-bool sums_in_holes(int rows) {
-  return rows * kWarps * kEntryStride <= kTableBytes;
+// A warp's copy of the second level of kMaxRows row strips.
+int nested_bytes(int64_t blocks_a_row) {
+  return int(round_up<int64_t>((kMaxRows * kTileN * blocks_a_row / kNestedBlock + 3) * 4, 16));
 }
-int shared_bytes(int rows) {
-  return kSumsAt + (sums_in_holes(rows) ? 0 : kWarps * rows * kSumBytes);
+// Bias, s, lora_b.
+int staged_bytes(int64_t R) {
+  return int((kMaxRows * kTileN * (1 + R) + 2 * R) * 2);
 }
 
 }  // namespace
@@ -425,7 +449,7 @@ bool gemv_fits(const QLinearFwdParams& p) {
       !p.w.nested ||
       (is_aligned(p.w.nested, 16) && block_count(p.w.N, p.w.K, p.w.blocksize) > 2 * kNestedBlock);
   return p.M <= 2 && p.w.K >= kStrips * kTileK && map_fits &&
-         device_facts().shared_bytes >= shared_bytes(kMaxRows);
+         device_facts().shared_bytes >= kNestedAt + kWarps * nested_bytes(p.w.K / p.w.blocksize);
 }
 
 void qlinear_fwd_gemv(const QLinearFwdParams& p) {
@@ -452,19 +476,20 @@ void qlinear_fwd_gemv(const QLinearFwdParams& p) {
   a.lora_b = p.lora_b;
   a.scaling = p.scaling;
   a.y = p.y;
-  a.has_start = a.s || a.bias;
-  a.ranks_by_4 = p.R % 4 == 0 && is_aligned(p.s, 8) && is_aligned(p.lora_b, 8);
   a.inverse_gain = pack_book(a.book, p.dtype, p.w.format);
   const int blocks = split_rows(a, w.strips_n, facts.sm_count);
   for (int i = 0; i < 2; ++i)
     a.reciprocal[i] = uint32_t(((int64_t(1) << 31) + a.base + i - 1) / (a.base + i));
   const Kernel kernel = p.dtype == DType::kBFloat16 ? pick<bf16>(a.nested) : pick<fp16>(a.nested);
-  const int rows_a_block = a.base + (a.rest > 0);
-  a.sums_at = sums_in_holes(rows_a_block) ? kEntryStride / 2 : kSumsAt;
-  a.sum_stride = sums_in_holes(rows_a_block) ? kEntryStride : kSumBytes;
-  allow_shared_memory(reinterpret_cast<const void*>(kernel), shared_bytes(kMaxRows));
-  launch_kernel(kernel, name, dim3(unsigned(blocks)), kThreads, shared_bytes(rows_a_block),
-                p.stream, 1, a);
+  a.nested_stride = a.nested ? nested_bytes(a.blocks_a_row) : 0;
+  int bytes = kNestedAt + kWarps * a.nested_stride;
+  if ((a.s || a.bias) && p.R % 8 == 0 && is_aligned(a.bias, 16) && is_aligned(a.s, 16) &&
+      is_aligned(a.lora_b, 16) && bytes + staged_bytes(a.R) <= facts.shared_bytes) {
+    a.staged_at = bytes;
+    bytes += staged_bytes(a.R);
+  }
+  allow_shared_memory(reinterpret_cast<const void*>(kernel), facts.shared_bytes);
+  launch_kernel(kernel, name, dim3(unsigned(blocks)), kThreads, bytes, p.stream, 1, a);
 }
 
 }  // namespace skinny

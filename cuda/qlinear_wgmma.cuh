@@ -251,7 +251,8 @@ struct ScaleProducer {
     } else if (a.has_shared_group) {
 #pragma unroll
       for (int j = 0; j < kChunk; j++) {
-        const float v = __ldg(a.nested + 257 + ((uint32_t(n[j]) * a.scale_columns + c[j]) >> 8));
+        const int inside = min(n[j], a.N - 4);  // rows of the padding have no group of their own
+        const float v = __ldg(a.nested + 257 + ((uint32_t(inside) * a.scale_columns + c[j]) >> 8));
         raw.values[j] = make_float4(v, v, v, v);
       }
     } else {
