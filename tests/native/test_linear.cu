@@ -174,7 +174,9 @@ void test_nf4_tiles() {
   };
   for (const Case c :
        {Case{13, 72, 64, 64, 0}, Case{16, 200, 320, 64, 16}, Case{40, 136, 1088, 64, 64},
-        Case{64, 520, 256, 256, 0}, Case{130, 264, 1024, 128, 8}, Case{300, 136, 192, 64, 16}})
+        Case{64, 520, 256, 256, 0}, Case{130, 264, 1024, 128, 8}, Case{300, 136, 192, 64, 16},
+        // the last group of the second level ends with the last row, 8 rows of padding follow
+        Case{20, 72, 2048, 64, 0}})
     for (const bool is_nested : {false, true}) {
       const HostWeight host =
           make_weight(Format::kNf4, c.N, c.K, c.blocksize, is_nested, unsigned(c.N + c.K));
