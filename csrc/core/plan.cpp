@@ -86,13 +86,19 @@ double wgmma_us(const Problem& p, int64_t tokens) {
   return 4.0 + waves * double(kblocks) * (is_wide ? 0.636 : 0.445) + exchange;
 }
 
-// Microseconds of dequantise + cuBLAS on the same card: 3.3 TB/s and 3.5 to start; then 5 and the
-// slower of 3.5 TB/s and 720 TFLOP/s. Not asked where the wgmma kernels serve: those hold no 16-bit
-// copy of W at any M.
+// Weights whose 16-bit copy, 8 MiB, is nothing beside activations of thousands of tokens. Row tiles
+// of 128 in pairs waste a quarter of the tensor cores at 576 rows.
+constexpr int64_t kSmallWeight = int64_t(1) << 22;
+
+// Microseconds of dequantise + cuBLAS on the same card: 6.9 to start, the copy at 3.3 TB/s, then 3
+// or the slower of 3.5 TB/s and 720 TFLOP/s. us, model / measured: 576x1536 M = 1024 10.6 / 9.9,
+// 2048 12.6 / 12.2, 4096 17.6 / 15.9, 16384 47.9 / 51.2; 576x576 M = 8192 14.7 / 14.5. Where the
+// wgmma kernels serve it is asked for many tokens and small weights only: large ones get no 16-bit
+// copy at any M.
 double dequant_matmul_us(const Problem& p) {
   const double weights = double(p.N) * double(p.K);
-  const double matmul = std::max(weights * 2.0 / 3.5e6, 2.0 * double(p.M) * weights / 7.2e8);
-  return 3.5 + weights * 2.516 / 3.3e6 + 5.0 + matmul;
+  const double matmul = std::max({3.0, weights * 2.0 / 3.5e6, 2.0 * double(p.M) * weights / 7.2e8});
+  return 6.9 + weights * 2.516 / 3.3e6 + matmul;
 }
 
 struct Choice {
@@ -328,7 +334,8 @@ Plan make_plan(const Problem& p) {
   }
   const Choice wgmma = wgmma_choice(p), narrow = narrow_choice(p);
   const Choice& tensor = narrow.us < wgmma.us ? narrow : wgmma;
-  const double dense_us = wgmma_serves(p) ? HUGE_VAL : dequant_matmul_us(p);
+  const bool may_copy = !wgmma_serves(p) || (p.M > 2048 && p.N * p.K <= kSmallWeight);
+  const double dense_us = may_copy ? dequant_matmul_us(p) : HUGE_VAL;
   const int64_t few = wgmma_serves(p) ? 8 : fused_tokens(p);  // nothing else comes near
   const double fused_us = p.M <= few                       ? 0.0
                           : skinny_serves(p) && p.M <= 256 ? skinny_us(p)
