@@ -405,9 +405,8 @@ void run_dtype(const Args& a, DType dtype, Stream stream) {
 }
 
 bool weight_fits(const WeightView& w, DType dtype) {
-  return w.format == Format::kInt8 && w.K % 16 == 0 && is_aligned(w.codes, 16) &&
-         (dtype == DType::kBFloat16 || dtype == DType::kFloat16) && w.N < (1 << 30) &&
-         w.K < (1 << 30);
+  return w.format == Format::kInt8 && w.K % 16 == 0 && is_aligned(w.codes, 16) && is_16bit(dtype) &&
+         w.N < (1 << 30) && w.K < (1 << 30);
 }
 
 Args weight_args(const WeightView& w, int64_t M) {

@@ -301,7 +301,7 @@ struct Consumer {
     }
   }
   // Returns the stage that is in use until the sums are waited for. The wait stands behind the
-  // branch around this call: inside it, with exchange_halves() behind, ptxas serialises every wgmma
+  // branch around this call: inside it, with exchange_pieces() behind, ptxas serialises every wgmma
   // (C7515).
   FASTPEFT_DEVICE int add_lora(int row) {
     uint32_t f[4][4];

@@ -355,8 +355,8 @@ void launch_wgrad(const LoraWgradParams& p, const Args& a, int columns) {
 }
 
 void check_wgrad(const LoraWgradParams& p) {
-  FASTPEFT_CHECK(p.dtype == DType::kBFloat16 || p.dtype == DType::kFloat16,
-                 "lora_wgrad: ", dtype_name(p.dtype), ", expected bfloat16 or float16");
+  FASTPEFT_CHECK(is_16bit(p.dtype), "lora_wgrad: ", dtype_name(p.dtype),
+                 ", expected bfloat16 or float16");
   FASTPEFT_CHECK(p.R > 0 && p.R <= kMaxRank && p.K % 8 == 0 && p.N % 8 == 0 && p.K < (1 << 24) &&
                      p.N < (1 << 24) && p.M > 0,
                  "lora_wgrad: M = ", p.M, ", R = ", p.R, ", N = ", p.N, ", K = ", p.K,

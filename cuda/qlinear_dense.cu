@@ -102,10 +102,7 @@ FASTPEFT_DEVICE void scale_factor(uint32_t tile, int R, float scale) {
     const int row = i & 63, piece = i / 64;
     const uint32_t at = tile + row * 128 + ((piece ^ (row & 7)) << 4);
     uint32_t v[4];
-    asm volatile("ld.shared.v4.b32 {%0, %1, %2, %3}, [%4];"
-                 : "=r"(v[0]), "=r"(v[1]), "=r"(v[2]), "=r"(v[3])
-                 : "r"(at)
-                 : "memory");
+    load_shared_u32x4(at, v);
 #pragma unroll
     for (int e = 0; e < 4; ++e)
       v[e] = pack_bf16(scale * __uint_as_float(v[e] << 16),

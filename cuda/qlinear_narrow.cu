@@ -262,12 +262,6 @@ FASTPEFT_DEVICE void fill_table(uint32_t table, int thread) {  // of 512: half a
                  : "memory");
 }
 
-FASTPEFT_DEVICE void load_shared_u32x4(uint32_t from, uint32_t (&v)[4]) {
-  asm volatile("ld.shared.v4.b32 {%0, %1, %2, %3}, [%4];"
-               : "=r"(v[0]), "=r"(v[1]), "=r"(v[2]), "=r"(v[3])
-               : "r"(from));
-}
-
 template <int kByte>
 FASTPEFT_DEVICE uint32_t lookup_pair(uint32_t word, uint32_t lane_table) {
   return load_shared_u32(permute_bytes(word, lane_table, 0x7604 | (kByte << 4)));

@@ -33,6 +33,28 @@ void qlinear_fwd_gemv(const QLinearFwdParams&);
 // 16 codes times gain, 16 bits each; returns 1 / gain.
 float pack_book(uint32_t (&book)[8], DType dtype, Format format);
 
+// What the arguments of both forward kernels hold.
+template <class Args>
+void fill_args(Args& a, const QLinearFwdParams& p, const PackedWeight& w) {
+  a.codes = w.codes;
+  a.scales = w.scales;
+  a.nested = w.nested;
+  a.strips_k = w.strips_k;
+  a.blocks_a_row = int(w.K >> w.block_shift);
+  a.Np = int(w.Np);
+  a.N = int(w.N);
+  a.K = int(w.K);
+  a.M = int(p.M);
+  a.R = int(p.R);
+  a.x = p.x;
+  a.bias = p.bias;
+  a.s = p.R > 0 ? p.s : nullptr;
+  a.lora_b = p.lora_b;
+  a.scaling = p.scaling;
+  a.y = p.y;
+  a.inverse_gain = pack_book(a.book, p.dtype, p.w.format);
+}
+
 template <int kByte>
 __device__ __forceinline__ uint32_t lookup_pair(const unsigned char* shared, uint32_t word,
                                                 uint32_t lane4) {

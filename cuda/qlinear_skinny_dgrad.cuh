@@ -1,11 +1,8 @@
 // The bricks of qlinear_skinny_dgrad.cu: its parameters, shared memory, the walk over chunks with
 // copies of codes, scales, dy, the table and the products, LoRA's part, sums across a cluster.
 #pragma once
-#include "check.cuh"
 #include "device/copy.cuh"
-#include "device/decode.cuh"
-#include "device/mma.cuh"
-#include "device/reduce.cuh"
+#include "qlinear_skinny.cuh"
 
 namespace fastpeft::cuda::skinny_dgrad {
 
@@ -123,11 +120,7 @@ __device__ __forceinline__ void mail_send(uint32_t to, uint32_t bell, int rank, 
 __device__ __forceinline__ uint32_t permute(uint32_t a, uint32_t selector) {  // byte 4..7: zero
   return __byte_perm(a, 0, selector);
 }
-// The same value, of unknown origin: ptxas would rather recompute what depends on the lane in every
-// step than keep it in a register, and sees through an empty asm.
-__device__ __forceinline__ uint32_t keep(uint32_t v) {
-  return __shfl_sync(kAllLanes, v, threadIdx.x % 32);
-}
+using skinny::keep;
 template <class T>
 __device__ __forceinline__ const T* keep(const T* p) {
   return reinterpret_cast<const T*>(

@@ -336,9 +336,9 @@ float pack_book(uint32_t (&book)[8], DType dtype, Format format) {
 }
 
 bool weight_fits(const WeightView& w, DType dtype) {
-  return (dtype == DType::kBFloat16 || dtype == DType::kFloat16) && is_4bit(w.format) &&
-         scales_by_column(w.K, w.blocksize) && is_aligned(w.codes, 16) &&
-         is_aligned(w.scales, 16) && block_count(w.N, w.K, w.blocksize) < (int64_t(1) << 31);
+  return is_16bit(dtype) && is_4bit(w.format) && scales_by_column(w.K, w.blocksize) &&
+         is_aligned(w.codes, 16) && is_aligned(w.scales, 16) &&
+         block_count(w.N, w.K, w.blocksize) < (int64_t(1) << 31);
 }
 
 }  // namespace skinny
@@ -356,28 +356,12 @@ void qlinear_fwd_skinny(const QLinearFwdParams& p) {
   const DeviceFacts facts = device_facts();
   const PackedWeight w = packed_weight(p.w);
   FwdArgs a = {};
-  a.codes = w.codes;
-  a.scales = w.scales;
-  a.nested = w.nested;
-  a.strips_k = w.strips_k;
+  fill_args(a, p, w);
   a.groups = ceil_div(w.strips_k, kStrips);
   a.block_shift = w.block_shift;
-  a.blocks_a_row = int(w.K >> w.block_shift);
-  a.Np = int(w.Np);
-  a.N = int(w.N);
-  a.K = int(w.K);
-  a.M = int(p.M);
-  a.R = int(p.R);
-  a.x = p.x;
-  a.bias = p.bias;
-  a.s = p.R > 0 ? p.s : nullptr;
-  a.lora_b = p.lora_b;
-  a.scaling = p.scaling;
-  a.y = p.y;
   a.has_start = a.s || a.bias;
   a.is_dependent = dependent_launch() && facts.arch >= 90;
   a.ranks_by_4 = p.R % 4 == 0 && is_aligned(p.s, 8) && is_aligned(p.lora_b, 8);
-  a.inverse_gain = pack_book(a.book, p.dtype, p.w.format);
   const int tokens = p.M <= 8 ? 8 : 16;
   const bool is_deep = facts.shared_bytes >= items_end(2);
   const int ring_end = items_end(is_deep ? 2 : 1);

@@ -115,14 +115,6 @@ __device__ __forceinline__ void copy_bulk(uint32_t shared, const void* global, i
       : "memory");
 #endif
 }
-__device__ __forceinline__ uint4 load_matrices(uint32_t shared) {
-  uint4 v;
-  asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0,%1,%2,%3}, [%4];"
-               : "=r"(v.x), "=r"(v.y), "=r"(v.z), "=r"(v.w)
-               : "r"(shared)
-               : "memory");
-  return v;
-}
 
 // s B^T of one output; staged: ranks by eight.
 template <class T>
@@ -457,26 +449,10 @@ void qlinear_fwd_gemv(const QLinearFwdParams& p) {
   const DeviceFacts facts = device_facts();
   const PackedWeight w = packed_weight(p.w);
   Args a = {};
-  a.codes = w.codes;
-  a.scales = w.scales;
-  a.nested = w.nested;
-  a.x = p.x;
-  a.strips_k = w.strips_k;
+  fill_args(a, p, w);
   a.groups = ceil_div(w.strips_k, kStrips);
   a.block_shift = w.block_shift - 6;
-  a.blocks_a_row = int(w.K >> w.block_shift);
-  a.Np = int(w.Np);
-  a.N = int(w.N);
-  a.K = int(w.K);
-  a.M = int(p.M);
   a.is_dependent = dependent_launch() && facts.arch >= 90;
-  a.R = int(p.R);
-  a.bias = p.bias;
-  a.s = p.R > 0 ? p.s : nullptr;
-  a.lora_b = p.lora_b;
-  a.scaling = p.scaling;
-  a.y = p.y;
-  a.inverse_gain = pack_book(a.book, p.dtype, p.w.format);
   const int blocks = split_rows(a, w.strips_n, facts.sm_count);
   for (int i = 0; i < 2; ++i)
     a.reciprocal[i] = uint32_t(((int64_t(1) << 31) + a.base + i - 1) / (a.base + i));

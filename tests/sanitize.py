@@ -96,8 +96,9 @@ def find_tool() -> str | None:
 
 def find_native() -> Path | None:
     """The newest test_kernels of any build folder of this checkout."""
-    found = [*ROOT.glob("build/**/test_kernels"), *ROOT.glob(".nat/test_kernels")]
-    return max(found, key=lambda path: path.stat().st_mtime, default=None)
+    return max(
+        ROOT.glob("build/**/test_kernels"), key=lambda path: path.stat().st_mtime, default=None
+    )
 
 
 def kernels_of_source() -> list[str]:

@@ -15,8 +15,8 @@ bool cpu_simd_serves(const Problem& p) {
 
 // What cuda/qlinear_skinny_*.cu serve (aligned pointers aside).
 bool skinny_serves(const Problem& p) {
-  const bool is_16bit = p.dtype == DType::kBFloat16 || p.dtype == DType::kFloat16;
-  if (p.arch == 0 || !is_16bit || !is_4bit(p.format) || !scales_by_column(p.K, p.blocksize))
+  if (p.arch == 0 || !is_16bit(p.dtype) || !is_4bit(p.format) ||
+      !scales_by_column(p.K, p.blocksize))
     return false;
   return p.direction == Direction::kFwd ? p.blocksize >= kTileK : p.N % 8 == 0;
 }
@@ -60,8 +60,7 @@ int64_t fused_tokens(const Problem& p) {
 // What cuda/qlinear_wgmma.cu was written for, and whether it was compiled.
 bool wgmma_serves(const Problem& p) {
 #ifdef FASTPEFT_HAS_SM90A
-  const bool is_16bit = p.dtype == DType::kBFloat16 || p.dtype == DType::kFloat16;
-  if (p.arch != 90 || p.format != Format::kNf4 || !is_16bit) return false;
+  if (p.arch != 90 || p.format != Format::kNf4 || !is_16bit(p.dtype)) return false;
   return p.M < (1 << 24) && p.N % 8 == 0 && p.K % 64 == 0 && p.blocksize >= 64 &&
          p.K % p.blocksize == 0 && p.N * (p.K / 64) < (int64_t(1) << 31);
 #else
@@ -104,17 +103,23 @@ double dequant_matmul_us(const Problem& p) {
 struct Choice {
   double us = HUGE_VAL;  // never, where the kernel does not serve
   Plan plan;
+
+  // A tile that takes `tile_us`; the first of equals stays.
+  void offer(double tile_us, KernelId kernel, int64_t rows, int64_t tokens, int64_t split = 1) {
+    if (tile_us >= us) return;
+    us = plan.predicted_us = tile_us;
+    plan.kernel = kernel;
+    plan.tile_rows = rows;
+    plan.tile_tokens = tokens;
+    plan.split = split;
+  }
 };
 
-// The better of the two widths of a tile.
 Choice wgmma_choice(const Problem& p) {
   Choice best;
   if (!wgmma_serves(p)) return best;
-  best.plan.kernel = KernelId::kWgmma;
-  best.plan.tile_rows = 128;
-  const double narrow = wgmma_us(p, 128), wide = wgmma_us(p, 256);
-  best.plan.tile_tokens = narrow < wide ? 128 : 256;
-  best.us = std::min(narrow, wide);
+  for (const int64_t tokens : {256, 128})
+    best.offer(wgmma_us(p, tokens), KernelId::kWgmma, 128, tokens);
   return best;
 }
 
@@ -153,24 +158,16 @@ Choice narrow_choice(const Problem& p) {
   if (!wgmma_serves(p) || p.M > 4096) return best;
   const int64_t tokens = p.M <= 16 ? 16 : p.M <= 32 ? 32 : p.M <= 64 ? 64 : 128;
   for (const int64_t rows : {64, 128})
-    for (const int64_t split : {1, 2, 4}) {
-      if (rows == 128 && split > (tokens == 128 ? 2 : 1)) continue;
-      const double us = narrow_us(p, rows, tokens, split);
-      if (us >= best.us) continue;
-      best.us = us;
-      best.plan.kernel = KernelId::kNarrow;
-      best.plan.tile_rows = rows;
-      best.plan.tile_tokens = tokens;
-      best.plan.split = split;
-    }
+    for (const int64_t split : {1, 2, 4})
+      if (rows == 64 || split <= (tokens == 128 ? 2 : 1))
+        best.offer(narrow_us(p, rows, tokens, split), KernelId::kNarrow, rows, tokens, split);
   return best;
 }
 
 // What cuda/int8_skinny_fwd.cu serves (aligned pointers aside), with 16-bit or int8 activations.
 bool int8_skinny_serves(const Problem& p) {
-  const bool is_16bit = p.dtype == DType::kBFloat16 || p.dtype == DType::kFloat16;
-  return p.arch != 0 && is_16bit && p.format == Format::kInt8 && p.direction == Direction::kFwd &&
-         p.K % 16 == 0;
+  return p.arch != 0 && is_16bit(p.dtype) && p.format == Format::kInt8 &&
+         p.direction == Direction::kFwd && p.K % 16 == 0;
 }
 
 // What cuda/int8_wgmma.cu was written for, and whether it was compiled.
@@ -187,8 +184,7 @@ bool int8_wgmma_serves(const Problem& p) {
 // What cuda/int8_weight_wgmma.cu was written for, and whether it was compiled.
 bool int8_weight_wgmma_serves(const Problem& p) {
 #ifdef FASTPEFT_HAS_SM90A
-  const bool is_16bit = p.dtype == DType::kBFloat16 || p.dtype == DType::kFloat16;
-  return p.arch == 90 && p.format == Format::kInt8 && is_16bit && p.M < (1 << 24) &&
+  return p.arch == 90 && p.format == Format::kInt8 && is_16bit(p.dtype) && p.M < (1 << 24) &&
          p.N < (1 << 24) && p.N % 8 == 0 && p.K % 16 == 0;
 #else
   (void)p;
@@ -237,19 +233,13 @@ Plan int8_weight_plan(const Problem& p) {
     return plan;
   }
   if (serves) {
-    plan.kernel = KernelId::kWgmma;
-    plan.fuses_lora = p.R <= 64 && p.R % 8 == 0;
-    plan.tile_rows = 128;
-    plan.predicted_us = HUGE_VAL;
+    Choice best;
     for (const int64_t tokens : {64, 128, 256})
-      for (const int64_t split : {1, 3, 4}) {
-        if (tokens == 256 && split > 1) continue;
-        const double us = int8_weight_us(p, tokens, split);
-        if (us >= plan.predicted_us) continue;
-        plan.predicted_us = us;
-        plan.tile_tokens = tokens;
-        plan.split = split;
-      }
+      for (const int64_t split : {1, 3, 4})
+        if (tokens < 256 || split == 1)
+          best.offer(int8_weight_us(p, tokens, split), KernelId::kWgmma, 128, tokens, split);
+    plan = best.plan;
+    plan.fuses_lora = p.R <= 64 && p.R % 8 == 0;
     return plan;
   }
   plan.kernel = KernelId::kDequantMatmul;
@@ -282,19 +272,13 @@ Plan int8_activations_plan(const Problem& p) {
     return plan;
   }
   if (int8_wgmma_serves(p)) {
-    plan.kernel = KernelId::kWgmma;
-    plan.fuses_lora = p.R <= 64 && p.R % 8 == 0;
-    plan.tile_rows = 128;
-    plan.predicted_us = HUGE_VAL;
+    Choice best;
     for (const int64_t tokens : {64, 128, 256})
-      for (const int64_t split : {1, 2}) {
-        if (tokens == 256 && split > 1) continue;
-        const double us = int8_us(p, tokens, split);
-        if (us >= plan.predicted_us) continue;
-        plan.predicted_us = us;
-        plan.tile_tokens = tokens;
-        plan.split = split;
-      }
+      for (const int64_t split : {1, 2})
+        if (tokens < 256 || split == 1)
+          best.offer(int8_us(p, tokens, split), KernelId::kWgmma, 128, tokens, split);
+    plan = best.plan;
+    plan.fuses_lora = p.R <= 64 && p.R % 8 == 0;
     plan.outlier_capacity = kOutlierCapacity;
     plan.workspace_bytes = (p.M + p.N) * plan.outlier_capacity * 2;
     return plan;
@@ -348,7 +332,6 @@ Plan make_plan(const Problem& p) {
   }
   if (tensor.us < dense_us) {
     plan = tensor.plan;
-    plan.predicted_us = tensor.us;
     plan.fuses_lora = p.R <= 64 && p.R % 8 == 0;
     return plan;
   }

@@ -23,6 +23,10 @@ constexpr const char* dtype_name(DType t) {
                                  : "float16";
 }
 
+constexpr bool is_16bit(DType t) {
+  return t == DType::kBFloat16 || t == DType::kFloat16;
+}
+
 // cudaStream_t on the GPU, null on the CPU: the core knows neither.
 using Stream = void*;
 

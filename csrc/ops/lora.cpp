@@ -24,8 +24,7 @@ DropoutParams dropout_params(const Backend& backend, const Tensor& x, const Tens
 // gradient checks: plain loops serve it.
 bool has_narrow_kernels(const Backend& backend, DType dtype, int64_t R, int64_t N, int64_t K) {
   if (!backend.is_cuda()) return dtype == DType::kFloat64;
-  const bool is_16bit = dtype == DType::kBFloat16 || dtype == DType::kFloat16;
-  return is_16bit && R <= 64 && N % 8 == 0 && K % 8 == 0 && std::max(N, K) < (1 << 24);
+  return is_16bit(dtype) && R <= 64 && N % 8 == 0 && K % 8 == 0 && std::max(N, K) < (1 << 24);
 }
 
 const int64_t* seed_pointer(double p, const OptionalTensor& seed) {

@@ -50,8 +50,17 @@ __device__ __forceinline__ uint4 load_shared16(uint32_t shared) {
   return v;
 }
 
-// Four 8x8 matrices of 16-bit units, each transposed: lane (g, t) gets, of matrix j, column g of
-// rows 2t and 2t+1. Lane L names row L % 8 of matrix L / 8.
+// Four 8x8 matrices of 16-bit units: lane (g, t) gets, of matrix j, units 2t and 2t+1 of row g.
+// Lane L names row L % 8 of matrix L / 8.
+__device__ __forceinline__ uint4 load_matrices(uint32_t shared) {
+  uint4 v;
+  asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0,%1,%2,%3}, [%4];"
+               : "=r"(v.x), "=r"(v.y), "=r"(v.z), "=r"(v.w)
+               : "r"(shared)
+               : "memory");
+  return v;
+}
+// The same, each transposed: column g of rows 2t and 2t+1.
 __device__ __forceinline__ uint4 load_matrices_transposed(uint32_t shared) {
   uint4 v;
   asm volatile("ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {%0,%1,%2,%3}, [%4];"

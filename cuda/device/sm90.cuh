@@ -201,6 +201,11 @@ FASTPEFT_DEVICE uint32_t load_shared_u32(uint32_t a) {
   asm volatile("ld.shared.b32 %0, [%1];" : "=r"(r) : "r"(a));
   return r;
 }
+FASTPEFT_DEVICE void load_shared_u32x4(uint32_t from, uint32_t (&v)[4]) {
+  asm volatile("ld.shared.v4.b32 {%0, %1, %2, %3}, [%4];"
+               : "=r"(v[0]), "=r"(v[1]), "=r"(v[2]), "=r"(v[3])
+               : "r"(from));
+}
 FASTPEFT_DEVICE float4 load_shared_float4(uint32_t from) {
   float4 v;
   asm volatile("ld.shared.v4.f32 {%0, %1, %2, %3}, [%4];"

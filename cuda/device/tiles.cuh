@@ -104,44 +104,9 @@ struct PairSchedule {
   }
 };
 
-// The other block's sums of the tokens that this block owns, through distributed shared memory.
-template <int kTokens>
-FASTPEFT_DEVICE void exchange_halves(float (&acc)[kTokens / 2], uint32_t base, uint32_t ready,
-                                     uint32_t half) {
-  constexpr int kSent = kTokens / 16;  // float4 of a thread: half of the tokens
-  const int thread = threadIdx.x - 128;
-  named_barrier(3, 256);  // both warpgroups are done with the ring of x
-  // Owned: accumulators [half * kTokens / 4, + kTokens / 4).
-#pragma unroll
-  for (int i = 0; i < kSent; i++) {
-    float v[4];
-#pragma unroll
-    for (int e = 0; e < 4; e++) v[e] = half ? acc[4 * i + e] : acc[kTokens / 4 + 4 * i + e];
-    asm volatile("st.shared.v4.f32 [%0], {%1, %2, %3, %4};" ::"r"(base + (i * 256 + thread) * 16),
-                 "f"(v[0]), "f"(v[1]), "f"(v[2]), "f"(v[3])
-                 : "memory");
-  }
-  asm volatile("fence.acq_rel.cluster;" ::: "memory");
-  __syncwarp();
-  if ((threadIdx.x & 31) == 0) barrier_arrive_cluster(cluster_address(ready, half ^ 1));
-  barrier_wait_cluster(ready, 0);
-  const uint32_t from = cluster_address(base, half ^ 1);
-#pragma unroll
-  for (int i = 0; i < kSent; i++) {
-    const float4 v = load_cluster(from + (i * 256 + thread) * 16);
-    const float other[4] = {v.x, v.y, v.z, v.w};
-#pragma unroll
-    for (int e = 0; e < 4; e++) {
-      if (half)
-        acc[kTokens / 4 + 4 * i + e] += other[e];
-      else
-        acc[4 * i + e] += other[e];
-    }
-  }
-}
-
-// The same for one warpgroup by pushes: its sums of the other block's tokens go there, to `receive`
-// (kTokens * 128 bytes), counted on the barrier `ready`; nothing is fenced and nothing is pulled.
+// The sums of a tile whose reduction two blocks share, for one warpgroup, through distributed
+// shared memory: those of the other block's tokens go there, to `receive` (kTokens * 128 bytes),
+// counted on the barrier `ready`; nothing is fenced and nothing is pulled.
 template <int kTokens>
 FASTPEFT_DEVICE void push_halves(float (&acc)[kTokens / 2], uint32_t receive, uint32_t ready,
                                  uint32_t half) {

@@ -128,31 +128,29 @@ struct Linear {
   void* out = nullptr;
 };
 void launch_linear(const Linear& l, bool is_dgrad, cudaStream_t stream) {
-  if (is_dgrad) {
-    QLinearDgradParams p;
+  const auto fill = [&](auto& p) {
     p.w = l.w;
     p.M = l.M;
     p.R = l.R;
     p.plan = l.plan;
     p.dtype = l.dtype;
+    p.stream = stream;
+  };
+  if (is_dgrad) {
+    QLinearDgradParams p;
+    fill(p);
     p.dy = l.in;
     p.ds = l.R ? l.low : nullptr;
     p.lora_a = l.R ? l.factor : nullptr;
     p.dx = l.out;
-    p.stream = stream;
     cuda::qlinear_dgrad(p);
   } else {
     QLinearFwdParams p;
-    p.w = l.w;
-    p.M = l.M;
-    p.R = l.R;
-    p.plan = l.plan;
-    p.dtype = l.dtype;
+    fill(p);
     p.x = l.in;
     p.s = l.R ? l.low : nullptr;
     p.lora_b = l.R ? l.factor : nullptr;
     p.y = l.out;
-    p.stream = stream;
     cuda::qlinear_fwd(p);
   }
 }
